@@ -1,0 +1,3 @@
+//! The reset-vector firmware.
+
+fn main() {}

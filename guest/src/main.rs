@@ -1,0 +1,3 @@
+//! The bare-metal test guest.
+
+fn main() {}

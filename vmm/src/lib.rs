@@ -1,0 +1,1 @@
+//! The machine: KVM, boot, devices, and the command line.

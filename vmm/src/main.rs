@@ -1,0 +1,3 @@
+//! The program `umem`.
+
+fn main() {}
