@@ -1,0 +1,698 @@
+//! The fault loop: events in, pages installed.
+//!
+//! ```text
+//!                     ┌───────────────┐ immediate answer   ┌────────┐
+//!   userfaultfd ────► │ fault thread  │ ─────────────────► │ region │ ──► the waiting thread runs on
+//!                     └──────┬────────┘                    └────────┘
+//!                            │ would have to wait               ▲ ▲
+//!                            ▼                                  │ │
+//!                     demand queue ──► reader threads ──────────┘ │
+//!                                      fill thread ───────────────┘
+//!                                      (waits while demand is outstanding)
+//! ```
+//!
+//! **Installing and removing exclude each other.** The race: a thread fetches page P; P is dropped (a REMOVE event, whose
+//! reading lets the dropping thread go on); the fetched content is installed after the drop, and P shows its old content
+//! where it must read zero. The kernel refuses installations (EAGAIN) only until the event has been read. So the fault
+//! thread reads events under the write half of `installing`, and marks what they remove before it lets go of it; every other
+//! thread checks the page's state and installs under the read half. Content installed before the event is read is dropped
+//! with the page; after it, the page is `Removed` and the content is not installed. This is the one lock that is held across
+//! a system call; an installation under it is at most [`INSTALL_STEP`] pages long, and the read never waits.
+//!
+//! The fault thread needs no lock for its own installations, since it alone reads events: it sees EAGAIN, reads the event,
+//! and looks at the page's state again.
+
+mod fill;
+mod install;
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+use std::{fmt, io};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+use self::install::Fetched;
+
+use crate::region::{PageSize, Region};
+use crate::schedule::Schedule;
+use crate::source::{Content, PageSource, SourceError, SourceStats};
+use crate::states::{Arrival, Claim, PageState, PageStates, StateCounts};
+use crate::stats::{Histogram, Summary};
+use crate::uffd::{self, Event, EventBuffer, FaultKind, Features, InstallError, Userfaultfd};
+use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
+
+/// Pages installed by one system call at most: what a fault may have to wait for behind background work.
+const INSTALL_STEP: u64 = 16;
+
+/// Events read at a time.
+const EVENTS: usize = 64;
+
+/// Threads that read on behalf of faults which the fault thread cannot answer at once.
+const READERS: usize = 4;
+
+/// What loads pages that nobody has asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fill {
+    /// Nothing does.
+    #[default]
+    Off,
+    /// Everything is loaded in order while nobody waits.
+    Sequential,
+}
+
+/// What a pager tells its owner, from one of its own threads.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// Every page is there, the region is ordinary memory, and umem is out of the way. Told once.
+    AllPagesPresent,
+    /// A page cannot be had, and whoever waits for it waits for ever. Told once.
+    Failed(Arc<PagerError>),
+}
+
+/// Why a pager cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The source has no such page, or a wrong one.
+    #[error("cannot load guest memory from {url}")]
+    Source {
+        /// The source.
+        url: String,
+        /// What it says.
+        source: SourceError,
+    },
+    /// The kernel does not take the page.
+    #[error("cannot install page {page}")]
+    Install {
+        /// The page.
+        page: PageIndex,
+        /// What the kernel says.
+        source: InstallError,
+    },
+    /// There is content that the pager did not bring.
+    #[error("page {page} has content that was never loaded")]
+    Unaccounted {
+        /// The page.
+        page: PageIndex,
+    },
+    /// Faults can no longer be read.
+    #[error("cannot read page faults")]
+    Events(#[source] io::Error),
+}
+
+/// Why a pager could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No userfaultfd.
+    #[error(transparent)]
+    Userfaultfd(#[from] uffd::OpenError),
+    /// The region could not be registered.
+    #[error("cannot register guest memory with userfaultfd")]
+    Register(#[source] io::Error),
+    /// The region's pages could not be counted.
+    #[error("cannot count the populated pages of guest memory")]
+    Count(#[source] io::Error),
+    /// A thread or a descriptor could not be had.
+    #[error("cannot start the pager")]
+    Os(#[source] io::Error),
+}
+
+/// Why somebody waited: the classes by which fault latency is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultClass {
+    /// Answered at once from the source.
+    Immediate = 0,
+    /// Answered at once with a zero page.
+    Zero = 1,
+    /// Fetched by a reader thread.
+    Fetched = 2,
+    /// Joined a fetch that was under way.
+    Joined = 3,
+    /// A page of shared memory that was there and only had to be mapped.
+    Minor = 4,
+}
+
+impl FaultClass {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Immediate,
+        Self::Zero,
+        Self::Fetched,
+        Self::Joined,
+        Self::Minor,
+    ];
+
+    /// Its name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Immediate => "immediate",
+            Self::Zero => "zero",
+            Self::Fetched => "fetched",
+            Self::Joined => "joined",
+            Self::Minor => "minor",
+        }
+    }
+}
+
+/// What a pager has done so far.
+#[derive(Clone, Debug)]
+pub struct PagerStats {
+    /// Pages by state.
+    pub states: StateCounts,
+    /// Pages that the kernel held in memory when the pager started.
+    pub populated_at_start: u64,
+    /// Pages that arrived because somebody waited for them.
+    pub demand: u64,
+    /// Pages that arrived by background fill.
+    pub prefetched: u64,
+    /// Pages that are all zero.
+    pub zero: u64,
+    /// Pages that arrived though they were there.
+    pub duplicate: u64,
+    /// Latency of all faults, in nanoseconds: from reading the fault's event to having woken the thread that waits.
+    pub faults: Summary,
+    /// The same by class.
+    pub fault_classes: [Summary; FaultClass::ALL.len()],
+    /// When all pages were there.
+    pub all_present_at: Option<Instant>,
+    /// What the source did.
+    pub source: SourceStats,
+}
+
+/// A running pager. Dropping it stops its threads; pages that are absent then must not be touched any more.
+pub struct Pager {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Somebody waits for a unit that another thread is fetching.
+struct Waiting {
+    unit: PageIndex,
+    since: Instant,
+    class: FaultClass,
+}
+
+type Observer = Box<dyn Fn(Notice) + Send + Sync>;
+
+struct Shared {
+    region: Arc<Region>,
+    uffd: Userfaultfd,
+    source: Arc<dyn PageSource>,
+    states: PageStates,
+    schedule: Schedule,
+    /// See the module's documentation.
+    installing: RwLock<()>,
+    waiting: Mutex<Vec<Waiting>>,
+    latency: [Histogram; FaultClass::ALL.len()],
+    duplicate: AtomicU64,
+    populated_at_start: u64,
+    all_present_at: OnceLock<Instant>,
+    /// The region was unregistered, or the first failure was told: nothing more is to be told.
+    released: AtomicBool,
+    failed: AtomicBool,
+    /// The owner waits for the threads to end.
+    closing: AtomicBool,
+    stop: OwnedFd,
+    observer: Observer,
+}
+
+impl Pager {
+    /// Registers `region` and begins to serve its faults from `source`. The region must not have been touched.
+    pub fn start(
+        region: Arc<Region>,
+        source: Arc<dyn PageSource>,
+        fill: Fill,
+        observer: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Result<Self, StartError> {
+        let (features, mode) = region.registration();
+        let uffd = Userfaultfd::open(features.and(Features::EVENT_REMOVE))?;
+        uffd.register(region.all_addresses(), mode)
+            .map_err(StartError::Register)?;
+        // After registering: from here on nothing is populated unseen.
+        let populated_at_start = region.populated().map_err(StartError::Count)?;
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| StartError::Os(errno.into()))?;
+        let states = PageStates::new(region.pages(), region.page_size().pages());
+        let shared = Arc::new(Shared {
+            region,
+            uffd,
+            source,
+            states,
+            schedule: Schedule::new(),
+            installing: RwLock::new(()),
+            waiting: Mutex::new(Vec::with_capacity(1024)),
+            latency: Default::default(),
+            duplicate: AtomicU64::new(0),
+            populated_at_start,
+            all_present_at: OnceLock::new(),
+            released: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            stop,
+            observer: Box::new(observer),
+        });
+        let mut pager = Self {
+            shared,
+            threads: Vec::new(),
+        };
+        pager.spawn("umem-faults".into(), |shared| FaultThread::new(shared).run())?;
+        for reader in 0..READERS {
+            pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
+        }
+        if fill == Fill::Sequential {
+            pager.spawn("umem-fill".into(), Shared::fill_sequentially)?;
+        }
+        Ok(pager)
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> PagerStats {
+        let shared = &self.shared;
+        let histograms: Vec<&Histogram> = shared.latency.iter().collect();
+        PagerStats {
+            states: shared.states.counts(),
+            populated_at_start: shared.populated_at_start,
+            demand: shared.states.arrived_by(Arrival::Demand),
+            prefetched: shared.states.arrived_by(Arrival::Prefetched),
+            zero: shared.states.arrived_by(Arrival::Zero),
+            duplicate: shared.duplicate.load(Relaxed),
+            faults: Histogram::summary_of(&histograms),
+            fault_classes: std::array::from_fn(|class| shared.latency[class].summary()),
+            all_present_at: shared.all_present_at.get().copied(),
+            source: shared.source.stats(),
+        }
+    }
+
+    /// The region it serves.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.shared.region
+    }
+
+    /// The source it serves from.
+    pub fn source(&self) -> &Arc<dyn PageSource> {
+        &self.shared.source
+    }
+
+    fn spawn(
+        &mut self,
+        name: String,
+        work: impl FnOnce(Arc<Shared>) + Send + 'static,
+    ) -> Result<(), StartError> {
+        let shared = Arc::clone(&self.shared);
+        let thread = thread::Builder::new()
+            .name(name)
+            .spawn(move || work(shared))
+            .map_err(StartError::Os)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Relaxed);
+        self.shared.stop();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a pager thread panicked");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Pager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pager")
+            .field("source", &self.shared.source.url())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// A buffer for `pages` pages.
+    fn buffer(pages: u64) -> Vec<u8> {
+        vec![0; PageRange::new(PageIndex(0), pages).bytes()]
+    }
+
+    /// A reader thread: fetches what the fault thread could not have at once.
+    fn serve_demand(self: Arc<Self>) {
+        let mut buffer = Self::buffer(self.region.page_size().pages());
+        while let Ok(unit) = self.schedule.take() {
+            let result = match self.source.read(unit, &mut buffer) {
+                Ok(content) => self.deliver(
+                    Fetched {
+                        pages: unit,
+                        content,
+                        buffer: &buffer,
+                    },
+                    Arrival::Demand,
+                ),
+                Err(error) => Err(self.source_error(error)),
+            };
+            self.schedule.done();
+            if let Err(error) = result {
+                self.fail(error);
+            }
+            self.release_if_settled();
+        }
+    }
+
+    fn source_error(&self, source: SourceError) -> PagerError {
+        PagerError::Source {
+            url: self.source.url(),
+            source,
+        }
+    }
+
+    /// Tells of the first failure. What it was about stays absent, and whoever waits for it keeps waiting: anything else
+    /// would be an invented page.
+    fn fail(&self, error: PagerError) {
+        if !self.failed.swap(true, AcqRel) {
+            (self.observer)(Notice::Failed(Arc::new(error)));
+        }
+    }
+
+    fn await_fetch(&self, unit: PageRange, since: Instant, class: FaultClass) {
+        self.waiting().push(Waiting {
+            unit: unit.start,
+            since,
+            class,
+        });
+    }
+
+    /// Those who waited for `pages` have been woken.
+    fn record_waiting(&self, pages: PageRange) {
+        let mut waiting = self.waiting();
+        if waiting.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        waiting.retain(|waiting| {
+            let woken = pages.contains(waiting.unit);
+            if woken {
+                self.latency[waiting.class as usize].record(now - waiting.since);
+            }
+            !woken
+        });
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the last page is settled, umem leaves.
+    fn release_if_settled(&self) {
+        if self.states.all_settled() {
+            self.release();
+        }
+    }
+
+    /// Unregisters the region: it is ordinary memory from now on. Called when every page is settled, or when whatever is
+    /// absent is known to be zero, which is what the kernel fills in by itself.
+    fn release(&self) {
+        if self.released.swap(true, AcqRel) {
+            return;
+        }
+        if let Err(error) = self.uffd.unregister(self.region.all_addresses()) {
+            // Nothing is lost: it stays registered and the fault thread goes on answering.
+            tracing::warn!(%error, "cannot unregister guest memory");
+            return;
+        }
+        // The kernel wakes all waiters before it takes the memory off the userfaultfd. The race: a thread that faults under
+        // the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
+        self.wake(self.states.all());
+        let populated = self.populated_huge_pages();
+        self.states.settle_absent_as_zero();
+        self.record_waiting(self.states.all());
+        let _ = self.all_present_at.set(Instant::now());
+        (self.observer)(Notice::AllPagesPresent);
+        // The fault thread stays: a thread that began to drop pages before the memory was taken off waits for its event to
+        // be read.
+        self.schedule.stop();
+        for pages in populated {
+            if self.closing.load(Relaxed) {
+                return;
+            }
+            self.region.collapse(pages);
+        }
+    }
+
+    /// Ranges of 2 MiB that are populated throughout and can be huge pages again: page by page is how they came, not how
+    /// they must stay.
+    fn populated_huge_pages(&self) -> Vec<PageRange> {
+        let (all, huge) = (self.region.pages(), PageSize::Huge.pages());
+        if self.region.page_size() == PageSize::Huge {
+            return Vec::new();
+        }
+        (0..all / huge)
+            .map(|index| PageRange::new(PageIndex(index * huge), huge))
+            .filter(|range| {
+                range
+                    .pages()
+                    .all(|page| self.states.get(page) == PageState::Present)
+            })
+            .collect()
+    }
+
+    fn stop(&self) {
+        self.schedule.stop();
+        // The counter cannot overflow, so the write cannot fail.
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    }
+}
+
+/// A fault to be answered.
+#[derive(Clone, Copy)]
+struct Fault {
+    page: PageIndex,
+    kind: FaultKind,
+}
+
+/// The thread that reads events.
+struct FaultThread {
+    shared: Arc<Shared>,
+    events: EventBuffer,
+    /// Faults that were read and not yet answered.
+    faults: Vec<Fault>,
+    buffer: Vec<u8>,
+}
+
+impl FaultThread {
+    fn new(shared: Arc<Shared>) -> Self {
+        let buffer = Shared::buffer(shared.region.page_size().pages());
+        Self {
+            shared,
+            events: EventBuffer::new(EVENTS),
+            faults: Vec::with_capacity(2 * EVENTS),
+            buffer,
+        }
+    }
+
+    fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            let mut ready = [
+                PollFd::from_borrowed_fd(shared.uffd.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(shared.stop.as_fd(), PollFlags::IN),
+            ];
+            match rustix::event::poll(&mut ready, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return shared.fail(PagerError::Events(errno.into())),
+            }
+            if !ready[1].revents().is_empty() {
+                return;
+            }
+            let since = Instant::now();
+            if let Err(error) = self.read_events() {
+                return shared.fail(PagerError::Events(error));
+            }
+            while let Some(fault) = self.faults.pop() {
+                if let Err(error) = self.answer(fault, since) {
+                    shared.fail(error);
+                }
+            }
+            shared.schedule.note_progress();
+            shared.release_if_settled();
+        }
+    }
+
+    /// Reads every event there is: marks what is removed, keeps the faults for later.
+    fn read_events(&mut self) -> io::Result<()> {
+        let shared = &self.shared;
+        let no_installations = shared.installing.write().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let mut count = 0;
+            for event in shared.uffd.read(&mut self.events)? {
+                count += 1;
+                match event {
+                    Event::Fault { address, kind, .. } => {
+                        if let Some(page) = shared.region.page_at(address) {
+                            self.faults.push(Fault { page, kind });
+                        } else {
+                            tracing::warn!(%address, "page fault outside the region");
+                        }
+                    }
+                    Event::Remove { start, end } => shared.remove(start, end),
+                    Event::Other(number) => tracing::warn!(number, "unexpected userfaultfd event"),
+                }
+            }
+            if count < self.events.capacity() {
+                break;
+            }
+        }
+        drop(no_installations);
+        Ok(())
+    }
+
+    fn answer(&mut self, fault: Fault, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        let unit = shared.states.unit_of(fault.page);
+        match fault.kind {
+            FaultKind::Minor => self.answer_minor(unit, since),
+            FaultKind::Missing | FaultKind::WriteProtect => match shared.states.claim(unit) {
+                Claim::Granted => match shared.source.try_read(unit, &mut self.buffer) {
+                    Ok(Some(content)) => self.install_claimed(unit, content, since),
+                    Ok(None) => {
+                        shared.await_fetch(unit, since, FaultClass::Fetched);
+                        shared.schedule.submit(unit);
+                        Ok(())
+                    }
+                    Err(error) => Err(shared.source_error(error)),
+                },
+                Claim::Joined => self.join(unit, since),
+                Claim::Present | Claim::Removed => self.zero_settled(unit, since),
+            },
+        }
+    }
+
+    /// Waits for a fetch that is under way. The race: it may have ended, and woken nobody, before we were on the list; then
+    /// the state says so, and we answer ourselves.
+    fn join(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        self.shared.await_fetch(unit, since, FaultClass::Joined);
+        if self.shared.states.get(unit.start) == PageState::InFlight {
+            return Ok(());
+        }
+        self.shared.waiting().retain(|waiting| waiting.unit != unit.start);
+        self.answer(
+            Fault {
+                page: unit.start,
+                kind: FaultKind::Missing,
+            },
+            since,
+        )
+    }
+
+    /// Installs a claimed unit's content.
+    fn install_claimed(
+        &mut self,
+        unit: PageRange,
+        content: Content,
+        since: Instant,
+    ) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            // Removed while it was claimed: this thread reads the events, so only its own `read_events` below does that.
+            if shared.states.get(unit.start) != PageState::InFlight {
+                return self.zero_settled(unit, since);
+            }
+            let bytes = Fetched {
+                pages: unit,
+                content,
+                buffer: &self.buffer,
+            }
+            .bytes_of(unit);
+            if shared.install(unit, bytes)? > 0 {
+                let (arrival, class) = match bytes {
+                    Some(_) => (Arrival::Demand, FaultClass::Immediate),
+                    None => (Arrival::Zero, FaultClass::Zero),
+                };
+                shared.states.arrive(unit, arrival);
+                shared.latency[class as usize].record(since.elapsed());
+                return Ok(());
+            }
+            self.read_events().map_err(PagerError::Events)?;
+        }
+    }
+
+    /// A fault on a settled page. Either it was answered already, or the page has lost its memory: removed, or taken away
+    /// without a word. It gets a zero page; if there is a page after all, the kernel says so and nothing is replaced.
+    fn zero_settled(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        let class = loop {
+            match shared.try_install(unit, None).stopped {
+                None => {
+                    shared.states.touch(unit);
+                    break FaultClass::Zero;
+                }
+                Some(InstallError::Exists) => {
+                    shared.wake(unit);
+                    break FaultClass::Joined;
+                }
+                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => {
+                    break FaultClass::Joined;
+                }
+                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(source) => {
+                    return Err(PagerError::Install {
+                        page: unit.start,
+                        source,
+                    });
+                }
+            }
+        };
+        shared.latency[class as usize].record(since.elapsed());
+        Ok(())
+    }
+
+    /// A page is in the memory behind the region and not mapped. In flight it is one that another thread is installing: the
+    /// kernel puts a page into the file, whole, before it maps it.
+    fn answer_minor(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            if shared.states.get(unit.start) == PageState::Absent {
+                return Err(PagerError::Unaccounted { page: unit.start });
+            }
+            match shared.uffd.continue_(shared.region.addresses(unit)).stopped {
+                None => break,
+                // Mapped by another thread; or gone again before it was mapped (EFAULT): the thread that waits looks again.
+                Some(InstallError::Exists | InstallError::Other(Errno::FAULT)) => {
+                    shared.wake(unit);
+                    break;
+                }
+                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => break,
+                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(source) => {
+                    return Err(PagerError::Install {
+                        page: unit.start,
+                        source,
+                    });
+                }
+            }
+        }
+        if shared.states.get(unit.start) == PageState::Removed {
+            shared.states.touch(unit);
+        }
+        shared.latency[FaultClass::Minor as usize].record(since.elapsed());
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn remove(&self, start: HostAddress, end: HostAddress) {
+        let region = self.region.all_addresses();
+        let (start, end) = (start.max(region.start), end.min(region.end));
+        if start >= end {
+            return;
+        }
+        let first = PageIndex::containing(start.0 - region.start.0);
+        let pages = PageRange::new(first, (end.0 - start.0) / PAGE_SIZE as u64);
+        self.states.remove(pages);
+        // Who waits for content that is now not going to be installed looks again, and finds a removed page.
+        self.wake(pages);
+        self.record_waiting(pages);
+    }
+}

@@ -1,0 +1,124 @@
+//! Putting content where a page is wanted.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use super::{INSTALL_STEP, PagerError, Shared};
+use crate::image::is_zero;
+use crate::region::PageSize;
+use crate::source::Content;
+use crate::states::{Arrival, PageState};
+use crate::uffd::{InstallError, Installed};
+use crate::units::{HUGE_PAGE_SIZE, PAGE_SIZE, PageIndex, PageRange};
+
+static ZEROS: [u8; HUGE_PAGE_SIZE] = [0; HUGE_PAGE_SIZE];
+
+/// The content of a run of pages, of which those that are all zero need no bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Fetched<'a> {
+    pub(super) pages: PageRange,
+    pub(super) content: Content,
+    /// As long as `pages`; means nothing where the content is zero.
+    pub(super) buffer: &'a [u8],
+}
+
+impl<'a> Fetched<'a> {
+    /// The bytes of `pages`, which are among those fetched; `None` says that they are all zero.
+    pub(super) fn bytes_of(&self, pages: PageRange) -> Option<&'a [u8]> {
+        let offset = (pages.start.0 - self.pages.start.0) as usize * PAGE_SIZE;
+        let bytes = || &self.buffer[offset..offset + pages.bytes()];
+        (self.content == Content::Data)
+            .then(bytes)
+            .filter(|bytes| !is_zero(bytes))
+    }
+}
+
+impl Shared {
+    /// Installs claimed pages from any thread but the fault thread: those of them that are still wanted.
+    pub(super) fn deliver(&self, fetched: Fetched<'_>, arrival: Arrival) -> Result<(), PagerError> {
+        let mut at = fetched.pages.start;
+        while at < fetched.pages.end() {
+            let not_reading = self.installing.read().unwrap_or_else(PoisonError::into_inner);
+            let run = self.wanted_run(&fetched, at);
+            if run.count == 0 {
+                // Removed meanwhile.
+                at = at.advance(self.region.page_size().pages());
+                continue;
+            }
+            let bytes = fetched.bytes_of(run);
+            let installed = PageRange::new(at, self.install(run, bytes)?);
+            for unit in self.states.units(installed) {
+                self.states
+                    .arrive(unit, if bytes.is_none() { Arrival::Zero } else { arrival });
+            }
+            drop(not_reading);
+            self.record_waiting(installed);
+            if installed.count == 0 {
+                // The fault thread is about to read the event that is in the way.
+                std::thread::yield_now();
+            }
+            at = installed.end();
+        }
+        Ok(())
+    }
+
+    /// The units from `at` on that are still in flight and alike in being zero or not, as many as may be installed at once.
+    fn wanted_run(&self, fetched: &Fetched<'_>, at: PageIndex) -> PageRange {
+        let unit = self.region.page_size().pages();
+        let mut run = PageRange::new(at, 0);
+        let mut zero = None;
+        while run.count + unit <= INSTALL_STEP.max(unit) && run.end() < fetched.pages.end() {
+            let is_zero = fetched.bytes_of(PageRange::new(run.end(), unit)).is_none();
+            let alike = *zero.get_or_insert(is_zero) == is_zero;
+            if !alike || self.states.get(run.end()) != PageState::InFlight {
+                break;
+            }
+            run.count += unit;
+        }
+        run
+    }
+
+    /// Installs `pages` or the first of them, by what their bytes are (`None`: zero), and wakes who waits for them. Answers
+    /// how many; 0 says that an event must be read first.
+    pub(super) fn install(&self, pages: PageRange, bytes: Option<&[u8]>) -> Result<u64, PagerError> {
+        let unit = self.region.page_size().pages();
+        let Installed { bytes: done, stopped } = self.try_install(pages, bytes);
+        match stopped {
+            _ if done > 0 => Ok(done / PAGE_SIZE as u64),
+            None => Ok(pages.count),
+            Some(InstallError::Changing) => Ok(0),
+            Some(InstallError::Exists) => {
+                // Somebody else was faster. Who waits for it must be woken by us: the kernel has not done it.
+                self.wake(PageRange::new(pages.start, unit));
+                self.duplicate.fetch_add(unit, Relaxed);
+                Ok(unit)
+            }
+            // The region was released while these zero pages were on their way: the kernel has filled them in.
+            Some(InstallError::NotRegistered) if bytes.is_none() && self.released.load(Acquire) => {
+                Ok(pages.count)
+            }
+            Some(source) => Err(PagerError::Install {
+                page: pages.start,
+                source,
+            }),
+        }
+    }
+
+    /// The system call that the content and the region's page size ask for.
+    pub(super) fn try_install(&self, pages: PageRange, bytes: Option<&[u8]>) -> Installed {
+        let addresses = self.region.addresses(pages);
+        match (bytes, self.region.page_size()) {
+            (Some(bytes), _) => self.uffd.copy(addresses.start, bytes),
+            (None, PageSize::Small) => self.uffd.zero(addresses),
+            // There is no ZEROPAGE for huge pages. A run of them is one unit long (`wanted_run`).
+            (None, PageSize::Huge) => self.uffd.copy(addresses.start, &ZEROS[..pages.bytes()]),
+        }
+    }
+
+    /// Wakes who waits for `pages`, to look again.
+    pub(super) fn wake(&self, pages: PageRange) {
+        if let Err(error) = self.uffd.wake(self.region.addresses(pages)) {
+            tracing::debug!(%error, %pages, "cannot wake");
+        }
+    }
+}

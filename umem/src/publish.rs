@@ -1,0 +1,99 @@
+//! Files that are either whole or not there: written without a name, given one when they are complete.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
+
+/// A file without a name. A process that dies leaves nothing of it behind.
+#[derive(Debug)]
+pub struct UnnamedFile {
+    file: File,
+    target: PathBuf,
+}
+
+/// What to do about a file that has the name already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Keep it and fail with [`io::ErrorKind::AlreadyExists`].
+    Keep,
+    /// Replace it.
+    Replace,
+}
+
+impl UnnamedFile {
+    /// A file that is going to be `target`, on the same file system.
+    pub fn create(target: &Path) -> io::Result<Self> {
+        let directory = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = rustix::fs::open(directory, flags, Mode::from_raw_mode(0o644))?;
+        Ok(Self {
+            file: file.into(),
+            target: target.to_path_buf(),
+        })
+    }
+
+    /// The file, to write to.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives the file its name.
+    pub fn publish(self, existing: Existing) -> io::Result<()> {
+        if existing == Existing::Replace {
+            // A link cannot replace a name, so the old file goes first. Whoever is killed in between has neither, which is
+            // still no half-written file.
+            match std::fs::remove_file(&self.target) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        let descriptor = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        match rustix::fs::linkat(CWD, descriptor, CWD, &self.target, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn the_name_is_there_only_after_publishing() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("a");
+        let unnamed = UnnamedFile::create(&target).unwrap();
+        unnamed.file().write_all(b"new").unwrap();
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+        unnamed.publish(Existing::Keep).unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"new");
+    }
+
+    #[test]
+    fn an_existing_file_is_kept_or_replaced_as_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("a");
+        std::fs::write(&target, b"old").unwrap();
+        let error = UnnamedFile::create(&target)
+            .unwrap()
+            .publish(Existing::Keep)
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&target).unwrap(), b"old");
+        UnnamedFile::create(&target)
+            .unwrap()
+            .publish(Existing::Replace)
+            .unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"");
+    }
+}

@@ -1,0 +1,402 @@
+//! A region: memory of this process that begins without a single page.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use linux_raw_sys::general as sys;
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::uffd::{Features, RegisterMode};
+use crate::units::{HUGE_PAGE_SIZE, HostAddress, PAGE_SIZE, PageIndex, PageRange};
+
+/// What is behind a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// A memfd, which other processes can be given.
+    Memfd,
+    /// Private anonymous memory.
+    Anonymous,
+}
+
+/// In which size a region's memory is installed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSize {
+    /// 4 KiB.
+    Small,
+    /// 2 MiB, from the host's reserve of huge pages.
+    Huge,
+}
+
+impl PageSize {
+    /// In bytes.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Small => PAGE_SIZE as u64,
+            Self::Huge => HUGE_PAGE_SIZE as u64,
+        }
+    }
+
+    /// In pages of 4 KiB.
+    pub const fn pages(self) -> u64 {
+        self.bytes() / PAGE_SIZE as u64
+    }
+}
+
+/// Why there is no region.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// The size is zero or not a multiple of the page size.
+    #[error("a region of {size} bytes cannot be: its size must be a multiple of {unit} and not 0")]
+    Size {
+        /// Bytes asked for.
+        size: u64,
+        /// The page size in bytes.
+        unit: u64,
+    },
+    /// The process has no address space for it.
+    #[error("a region of {size} bytes does not fit into this process's address space")]
+    TooLarge {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// The host has not enough huge pages in reserve.
+    #[error(
+        "this host has no {count} free huge pages of 2 MiB: reserve them with 'sysctl -w vm.nr_hugepages={count}'"
+    )]
+    NoHugePages {
+        /// Huge pages needed.
+        count: u64,
+    },
+    /// A system call failed.
+    #[error("cannot make a region of {size} bytes: {call}")]
+    Os {
+        /// Bytes asked for.
+        size: u64,
+        /// The call.
+        call: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Memory of this process, page by page without content until somebody installs it.
+#[derive(Debug)]
+pub struct Region {
+    start: *mut u8,
+    size: usize,
+    page_size: PageSize,
+    memfd: Option<OwnedFd>,
+}
+
+// SAFETY: the region is memory, which any thread may use; it is unmapped when the last owner lets go of it.
+unsafe impl Send for Region {}
+// SAFETY: nothing in it changes after it was made.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `size` bytes, of which none is populated.
+    pub fn new(size: u64, backing: Backing, page_size: PageSize) -> Result<Self, RegionError> {
+        if size == 0 || !size.is_multiple_of(page_size.bytes()) {
+            return Err(RegionError::Size {
+                size,
+                unit: page_size.bytes(),
+            });
+        }
+        // The largest size that neither the file's offsets nor the mapping can express is far above any address space.
+        let length = usize::try_from(size)
+            .ok()
+            .filter(|length| i64::try_from(*length).is_ok())
+            .ok_or(RegionError::TooLarge { size })?;
+        let fail = |call| {
+            move |errno: Errno| match (errno, page_size) {
+                (Errno::NOMEM, PageSize::Huge) => RegionError::NoHugePages {
+                    count: size / PageSize::Huge.bytes(),
+                },
+                (Errno::NOMEM | Errno::FBIG | Errno::OVERFLOW, _) => RegionError::TooLarge { size },
+                _ => RegionError::Os {
+                    size,
+                    call,
+                    source: errno.into(),
+                },
+            }
+        };
+        // Of small pages none is set aside in advance; of huge ones all, so that a lack shows now and not as a SIGBUS.
+        let (map_flags, memfd_flags) = match page_size {
+            PageSize::Small => (MapFlags::NORESERVE, MemfdFlags::empty()),
+            PageSize::Huge => (
+                MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+                MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            ),
+        };
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let (start, memfd) = match backing {
+            Backing::Anonymous => {
+                let flags = MapFlags::PRIVATE | map_flags;
+                // SAFETY: a new mapping at an address of the kernel's choice.
+                let start =
+                    unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, protection, flags) };
+                (start.map_err(fail("mmap"))?, None)
+            }
+            Backing::Memfd => {
+                let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | memfd_flags;
+                let memfd = rustix::fs::memfd_create("umem", flags).map_err(fail("memfd_create"))?;
+                rustix::fs::ftruncate(&memfd, size).map_err(fail("ftruncate"))?;
+                // A file that cannot become shorter is a mapping that cannot raise SIGBUS.
+                rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)
+                    .map_err(fail("fcntl(F_ADD_SEALS)"))?;
+                let flags = MapFlags::SHARED | map_flags.difference(MapFlags::HUGETLB | MapFlags::HUGE_2MB);
+                // SAFETY: a new mapping at an address of the kernel's choice.
+                let start =
+                    unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, &memfd, 0) };
+                (start.map_err(fail("mmap"))?, Some(memfd))
+            }
+        };
+        let region = Self {
+            start: start.cast(),
+            size: length,
+            page_size,
+            memfd,
+        };
+        // A child would have the mapping without the userfaultfd, and so zero pages; a core dump would fetch every page.
+        for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+            // SAFETY: neither changes what the memory holds.
+            unsafe { rustix::mm::madvise(start, length, advice) }.map_err(fail("madvise"))?;
+        }
+        Ok(region)
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size as u64
+    }
+
+    /// Size in pages.
+    pub fn pages(&self) -> u64 {
+        self.size() / PAGE_SIZE as u64
+    }
+
+    /// In which size its memory is installed.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// Its first byte.
+    pub fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// The memfd behind it, if there is one.
+    pub fn memfd(&self) -> Option<BorrowedFd<'_>> {
+        self.memfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The addresses of `pages`.
+    pub fn addresses(&self, pages: PageRange) -> Range<HostAddress> {
+        let start = self.start as u64 + pages.start.byte_offset();
+        HostAddress(start)..HostAddress(start + pages.bytes() as u64)
+    }
+
+    /// The addresses of all of it.
+    pub fn all_addresses(&self) -> Range<HostAddress> {
+        self.addresses(PageRange::new(PageIndex(0), self.pages()))
+    }
+
+    /// The page at `address`, if it is one of this region's.
+    pub fn page_at(&self, address: HostAddress) -> Option<PageIndex> {
+        let offset = address.0.checked_sub(self.start as u64)?;
+        (offset < self.size()).then(|| PageIndex::containing(offset))
+    }
+
+    /// The features that a userfaultfd needs to serve it, and how it is registered.
+    pub fn registration(&self) -> (Features, RegisterMode) {
+        let small = self.page_size == PageSize::Small;
+        match (&self.memfd, small) {
+            (None, true) => (Features::none(), RegisterMode::Missing),
+            (None, false) => (Features::MISSING_HUGETLBFS, RegisterMode::Missing),
+            (Some(_), true) => (
+                Features::MISSING_SHMEM.and(Features::MINOR_SHMEM),
+                RegisterMode::MissingAndMinor,
+            ),
+            (Some(_), false) => (
+                Features::MISSING_HUGETLBFS.and(Features::MINOR_HUGETLBFS),
+                RegisterMode::MissingAndMinor,
+            ),
+        }
+    }
+
+    /// How many pages of it the kernel holds in memory, by the kernel's own count.
+    pub fn populated(&self) -> io::Result<u64> {
+        match &self.memfd {
+            // Blocks of 512 bytes.
+            Some(memfd) => Ok(rustix::fs::fstat(memfd)?.st_blocks as u64 * 512 / PAGE_SIZE as u64),
+            None => self.populated_by_scan().or_else(|_| self.populated_by_pagemap()),
+        }
+    }
+
+    /// By PAGEMAP_SCAN (Linux 6.7), which skips what has no page table.
+    fn populated_by_scan(&self) -> io::Result<u64> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let Range { start, end } = self.all_addresses();
+        let mut found = [sys::page_region {
+            start: 0,
+            end: 0,
+            categories: 0,
+        }; 64];
+        let mut at = start.0;
+        let mut pages = 0;
+        while at < end.0 {
+            let mut scan = sys::pm_scan_arg {
+                size: size_of::<sys::pm_scan_arg>() as u64,
+                flags: 0,
+                start: at,
+                end: end.0,
+                walk_end: 0,
+                vec: found.as_mut_ptr() as u64,
+                vec_len: found.len() as u64,
+                max_pages: 0,
+                category_inverted: 0,
+                category_mask: 0,
+                category_anyof_mask: u64::from(sys::PAGE_IS_PRESENT | sys::PAGE_IS_SWAPPED),
+                return_mask: u64::from(sys::PAGE_IS_PRESENT | sys::PAGE_IS_SWAPPED),
+            };
+            // SAFETY: PAGEMAP_SCAN takes this structure, and writes to `found` at most as many entries as it is told.
+            let count = unsafe { rustix::ioctl::ioctl(&pagemap, PagemapScan(&mut scan)) }?;
+            pages += found[..count]
+                .iter()
+                .map(|run| (run.end - run.start) / PAGE_SIZE as u64)
+                .sum::<u64>();
+            at = scan.walk_end;
+        }
+        Ok(pages)
+    }
+
+    /// By reading the page map entry by entry.
+    fn populated_by_pagemap(&self) -> io::Result<u64> {
+        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let mut bytes = vec![0; 1 << 20];
+        let mut offset = self.start as u64 / PAGE_SIZE as u64 * 8;
+        let end = offset + self.pages() * 8;
+        let mut pages = 0;
+        while offset < end {
+            let length = (end - offset).min(bytes.len() as u64) as usize;
+            pagemap.read_exact_at(&mut bytes[..length], offset)?;
+            let (entries, _) = bytes[..length].as_chunks::<8>();
+            pages += entries
+                .iter()
+                .filter(|entry| u64::from_le_bytes(**entry) & PRESENT_OR_SWAPPED != 0)
+                .count() as u64;
+            offset += length as u64;
+        }
+        Ok(pages)
+    }
+
+    /// Asks the kernel to back `pages`, all populated and no longer registered, by huge pages again. Whether it does is its
+    /// affair: nothing but speed depends on it.
+    pub fn collapse(&self, pages: PageRange) {
+        let start = self.addresses(pages).start.0;
+        // SAFETY: MADV_COLLAPSE changes how memory is backed, not what it holds.
+        let _ = unsafe { libc::madvise(start as *mut _, pages.bytes(), libc::MADV_COLLAPSE) };
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new`, and who could use it holds a reference to this region.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.size) };
+    }
+}
+
+/// PAGEMAP_SCAN: takes its argument by pointer and answers how many entries it wrote.
+struct PagemapScan<'a>(&'a mut sys::pm_scan_arg);
+
+// SAFETY: the pointer is to the structure that the ioctl takes, and the result is a count.
+unsafe impl rustix::ioctl::Ioctl for PagemapScan<'_> {
+    type Output = usize;
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> rustix::ioctl::Opcode {
+        rustix::ioctl::opcode::read_write::<sys::pm_scan_arg>(b'f', 16)
+    }
+
+    fn as_ptr(&mut self) -> *mut rustix::ffi::c_void {
+        std::ptr::from_mut(self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(
+        output: rustix::ioctl::IoctlOutput,
+        _: *mut rustix::ffi::c_void,
+    ) -> rustix::io::Result<usize> {
+        Ok(output as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(region: &Region, page: u64) {
+        // SAFETY: within the region.
+        unsafe { region.start().add(page as usize * PAGE_SIZE).write_volatile(1) };
+    }
+
+    #[test]
+    fn the_kernel_counts_what_is_populated() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let region = Region::new(1024 * PAGE_SIZE as u64, backing, PageSize::Small).unwrap();
+            // SAFETY: changes only how the region is backed.
+            let _ =
+                unsafe { rustix::mm::madvise(region.start().cast(), region.size, Advice::LinuxNoHugepage) };
+            assert_eq!(region.populated().unwrap(), 0, "{backing:?}");
+            for page in [0, 1, 2, 500, 502, 1023] {
+                touch(&region, page);
+            }
+            assert_eq!(region.populated().unwrap(), 6, "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn both_counts_of_anonymous_memory_agree() {
+        let region = Region::new(4096 * PAGE_SIZE as u64, Backing::Anonymous, PageSize::Small).unwrap();
+        // SAFETY: changes only how the region is backed.
+        let _ = unsafe { rustix::mm::madvise(region.start().cast(), region.size, Advice::LinuxNoHugepage) };
+        // More runs than one scan answers.
+        (0..1000).for_each(|page| touch(&region, page * 4));
+        assert_eq!(region.populated_by_pagemap().unwrap(), 1000);
+        match region.populated_by_scan() {
+            Ok(pages) => assert_eq!(pages, 1000),
+            Err(error) => println!("skipped: PAGEMAP_SCAN: {error}"),
+        }
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        let new = |size| Region::new(size, Backing::Memfd, PageSize::Small).unwrap_err();
+        assert!(matches!(new(0), RegionError::Size { .. }));
+        assert!(matches!(new(4097), RegionError::Size { .. }));
+        assert!(matches!(new(1 << 62), RegionError::TooLarge { .. }));
+        assert!(matches!(new(1 << 63), RegionError::TooLarge { .. }));
+        let huge = Region::new(PAGE_SIZE as u64, Backing::Memfd, PageSize::Huge).unwrap_err();
+        assert!(matches!(huge, RegionError::Size { unit: 0x20_0000, .. }));
+    }
+
+    #[test]
+    fn addresses_and_pages_are_inverse() {
+        let region = Region::new(16 * PAGE_SIZE as u64, Backing::Anonymous, PageSize::Small).unwrap();
+        for page in 0..16 {
+            let address = region.addresses(PageRange::single(PageIndex(page))).start;
+            assert_eq!(region.page_at(address), Some(PageIndex(page)));
+        }
+        assert_eq!(region.page_at(region.all_addresses().end), None);
+        assert_eq!(
+            region.page_at(HostAddress(region.all_addresses().start.0 - 1)),
+            None
+        );
+    }
+}

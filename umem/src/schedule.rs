@@ -1,0 +1,202 @@
+//! Two classes of work: demand, for which somebody waits, and background, which waits for demand.
+//!
+//! Demand has a queue and reader threads of its own. Background passes a gate before each step, which is closed while any
+//! demand is outstanding. A page that both want is one request, because a page is claimed once ([`crate::states`]); and
+//! background that has claimed pages no longer looks at the gate before it has delivered them, so demand that joins it
+//! cannot wait for something that waits for demand.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::units::PageRange;
+
+/// Demand that fits without allocating: as many threads can wait at a time.
+const CAPACITY: usize = 1024;
+
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    inner: Mutex<Inner>,
+    /// There is demand to take, or the end.
+    demand: Condvar,
+    /// Nothing is outstanding any more, or there is progress, or the end.
+    background: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    queue: VecDeque<PageRange>,
+    /// Demand that was submitted and is not done.
+    outstanding: usize,
+    /// Counts what background waits for.
+    progress: u64,
+    stopped: bool,
+}
+
+/// The work is to end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Stopped;
+
+impl Schedule {
+    pub(crate) fn new() -> Self {
+        let inner = Inner {
+            queue: VecDeque::with_capacity(CAPACITY),
+            outstanding: 0,
+            progress: 0,
+            stopped: false,
+        };
+        Self {
+            inner: Mutex::new(inner),
+            demand: Condvar::new(),
+            background: Condvar::new(),
+        }
+    }
+
+    /// Hands a claimed unit to the readers, and closes the gate.
+    pub(crate) fn submit(&self, unit: PageRange) {
+        let mut inner = self.lock();
+        inner.queue.push_back(unit);
+        inner.outstanding += 1;
+        drop(inner);
+        self.demand.notify_one();
+    }
+
+    /// Waits for demand. Every unit taken ends with `done`.
+    pub(crate) fn take(&self) -> Result<PageRange, Stopped> {
+        let mut inner = self.lock();
+        loop {
+            if inner.stopped {
+                return Err(Stopped);
+            }
+            if let Some(unit) = inner.queue.pop_front() {
+                return Ok(unit);
+            }
+            inner = self.demand.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Demand that was taken has been served, or never will be.
+    pub(crate) fn done(&self) {
+        let mut inner = self.lock();
+        inner.outstanding -= 1;
+        inner.progress += 1;
+        drop(inner);
+        self.background.notify_all();
+    }
+
+    /// The gate: waits until no demand is outstanding.
+    pub(crate) fn pass_gate(&self) -> Result<(), Stopped> {
+        let mut inner = self.lock();
+        while inner.outstanding > 0 && !inner.stopped {
+            inner = self
+                .background
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if inner.stopped { Err(Stopped) } else { Ok(()) }
+    }
+
+    /// Somebody may find settled now what was not before.
+    pub(crate) fn note_progress(&self) {
+        self.lock().progress += 1;
+        self.background.notify_all();
+    }
+
+    /// How much progress was noted so far, to be given to [`Self::wait_for_progress`].
+    pub(crate) fn progress(&self) -> u64 {
+        self.lock().progress
+    }
+
+    /// Waits until more progress has been noted than `seen`.
+    pub(crate) fn wait_for_progress(&self, seen: u64) -> Result<(), Stopped> {
+        let mut inner = self.lock();
+        while inner.progress == seen && !inner.stopped {
+            inner = self
+                .background
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if inner.stopped { Err(Stopped) } else { Ok(()) }
+    }
+
+    /// Ends the work of all who wait here.
+    pub(crate) fn stop(&self) {
+        self.lock().stopped = true;
+        self.demand.notify_all();
+        self.background.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PageIndex;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    use std::thread;
+
+    fn unit(page: u64) -> PageRange {
+        PageRange::single(PageIndex(page))
+    }
+
+    #[test]
+    fn demand_is_taken_in_order() {
+        let schedule = Schedule::new();
+        (0..3).for_each(|page| schedule.submit(unit(page)));
+        assert_eq!(
+            (0..3).map(|_| schedule.take()).collect::<Vec<_>>(),
+            (0..3).map(|p| Ok(unit(p))).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn background_waits_for_all_demand() {
+        let schedule = Schedule::new();
+        schedule.pass_gate().unwrap();
+        schedule.submit(unit(0));
+        schedule.submit(unit(1));
+        let served = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let gate = scope.spawn(|| {
+                schedule.pass_gate().unwrap();
+                assert!(
+                    served.load(SeqCst),
+                    "the gate opened before the last demand was served"
+                );
+            });
+            schedule.take().unwrap();
+            schedule.done();
+            schedule.take().unwrap();
+            served.store(true, SeqCst);
+            schedule.done();
+            gate.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn progress_that_came_first_is_not_missed() {
+        let schedule = Schedule::new();
+        let seen = schedule.progress();
+        schedule.submit(unit(0));
+        schedule.take().unwrap();
+        schedule.done();
+        schedule.wait_for_progress(seen).unwrap();
+    }
+
+    #[test]
+    fn the_end_ends_every_wait() {
+        let schedule = Schedule::new();
+        thread::scope(|scope| {
+            let waits = [
+                scope.spawn(|| schedule.take().map(|_| ())),
+                scope.spawn(|| schedule.wait_for_progress(0)),
+            ];
+            schedule.stop();
+            for wait in waits {
+                assert_eq!(wait.join().unwrap(), Err(Stopped));
+            }
+        });
+    }
+}

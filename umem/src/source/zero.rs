@@ -1,0 +1,30 @@
+//! Nothing but zero pages.
+
+use super::{Content, PageSource, SourceError, SourceStats};
+use crate::units::{PageIndex, PageRange};
+
+/// The source of memory that begins empty.
+#[derive(Debug)]
+pub struct ZeroSource;
+
+impl PageSource for ZeroSource {
+    fn url(&self) -> String {
+        "zero:".into()
+    }
+
+    fn try_read(&self, _: PageRange, _: &mut [u8]) -> Result<Option<Content>, SourceError> {
+        Ok(Some(Content::Zero))
+    }
+
+    fn read(&self, _: PageRange, _: &mut [u8]) -> Result<Content, SourceError> {
+        Ok(Content::Zero)
+    }
+
+    fn next_data(&self, _: PageIndex) -> Result<Option<PageRange>, SourceError> {
+        Ok(None)
+    }
+
+    fn stats(&self) -> SourceStats {
+        SourceStats::default()
+    }
+}
