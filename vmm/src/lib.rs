@@ -1,1 +1,14 @@
 //! The machine: KVM, boot, devices, and the command line.
+//!
+//! - [`address_map`]: what lies where in guest-physical memory;
+//! - [`kvm`]: the host's KVM, a VM, its vCPUs, and what CPUID tells the guest;
+//! - [`devices`]: the fixed set of devices on the ports, and the one event loop that serves them;
+//! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
+//! - [`ending`]: why a VM stopped.
+
+pub mod address_map;
+pub mod boot;
+pub mod devices;
+pub mod ending;
+pub mod kvm;
+mod signals;

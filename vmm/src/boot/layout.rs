@@ -1,0 +1,456 @@
+//! RAM as it is before the first instruction.
+//!
+//! The loaders write into scratch memory of the size of low RAM, of which only the pages that they touch exist. RAM above
+//! 4 GiB is not part of it: nothing that is loaded goes there, and so a layout costs the same whatever the size of RAM.
+
+use std::{
+    fs::File,
+    io::{self, Cursor},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use firmware::boot_info::{BootInfo, Protocol};
+use thiserror::Error;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress,
+    bitmap::{AtomicBitmap, Bitmap},
+    mmap::FromRangesError,
+};
+
+use super::{
+    builtin::GUEST_ELF,
+    elf::{self, ElfError, LoadedKernel},
+    page_set::PageSet,
+    pvh::{self, PvhError},
+};
+use crate::address_map::{BOOT_STRUCTURES, PAGE_SIZE, RamMap, RamSizeError};
+
+/// Low RAM, in which writes are tracked.
+pub(super) type ScratchMemory = GuestMemoryMmap<AtomicBitmap>;
+
+/// The command line of the built-in guest if none is given.
+const BUILTIN_COMMAND_LINE: &str = "workload=hello";
+
+/// What to boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// The guest that comes with this program.
+    BuiltIn,
+    /// An ELF kernel with a PVH entry.
+    File(PathBuf),
+}
+
+/// What a layout is made from.
+#[derive(Clone, Debug)]
+pub struct LayoutConfig {
+    /// Bytes of RAM.
+    pub ram_size: u64,
+    /// What to boot.
+    pub kernel: Kernel,
+    /// What the kernel finds as its first module.
+    pub initramfs: Option<PathBuf>,
+    /// What the kernel reads as its command line; by default `workload=hello` for the built-in guest, else empty.
+    pub command_line: Option<String>,
+}
+
+/// Why a layout could not be made.
+#[derive(Debug, Error)]
+pub enum LayoutError {
+    /// Such RAM cannot be.
+    #[error("no VM can have this RAM")]
+    RamSize(#[source] RamSizeError),
+    /// No address space for the scratch memory.
+    #[error("no address space for a layout of {size:#x} bytes")]
+    Memory {
+        /// How much was wanted.
+        size: u64,
+        /// Why.
+        source: FromRangesError,
+    },
+    /// A file cannot be opened.
+    #[error("cannot open {what} {}", path.display())]
+    Open {
+        /// What it is.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel is none that can be booted.
+    #[error("cannot boot kernel {}", path.display())]
+    Kernel {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        source: ElfError,
+    },
+    /// The built-in guest does not fit.
+    #[error("cannot boot the built-in guest")]
+    BuiltIn(#[source] ElfError),
+    /// The initramfs has no content.
+    #[error("initramfs {} is empty or no regular file", path.display())]
+    EmptyInitramfs {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// The initramfs does not fit.
+    #[error(
+        "initramfs {} has {size} bytes, but only {free} bytes in one piece are free below 3 GiB; give the VM more memory",
+        path.display()
+    )]
+    InitramfsTooLarge {
+        /// Where it is.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+        /// The largest room for it.
+        free: u64,
+    },
+    /// The initramfs cannot be read.
+    #[error("cannot read initramfs {}", path.display())]
+    ReadInitramfs {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        source: GuestMemoryError,
+    },
+    /// The kernel cannot be told what it needs to know.
+    #[error("cannot describe the machine to the kernel")]
+    Pvh(#[source] PvhError),
+}
+
+/// RAM before the first instruction, and how to start it. Pages are numbered by RAM offset.
+#[derive(Debug)]
+pub struct Layout {
+    ram: RamMap,
+    memory: ScratchMemory,
+    used: PageSet,
+    boot: BootInfo,
+    command_line: String,
+}
+
+impl Layout {
+    /// Loads everything that `config` names.
+    pub fn build(config: &LayoutConfig) -> Result<Self, LayoutError> {
+        let ram = RamMap::new(config.ram_size).map_err(LayoutError::RamSize)?;
+        let memory = scratch_memory(ram.low_size())?;
+        let kernel = load_kernel(&config.kernel, &memory, ram.low_size())?;
+        let mut used = PageSet::default();
+        used.insert_bytes(pvh::PAGES);
+        for segment in kernel.segments {
+            used.insert_bytes(segment);
+        }
+        let initramfs = match &config.initramfs {
+            Some(path) => Some(load_initramfs(path, &memory, &used, ram.low_size())?),
+            None => None,
+        };
+        if let Some(range) = &initramfs {
+            used.insert_bytes(range.clone());
+        }
+        let command_line = match (&config.command_line, &config.kernel) {
+            (Some(given), _) => given.clone(),
+            (None, Kernel::BuiltIn) => BUILTIN_COMMAND_LINE.to_owned(),
+            (None, Kernel::File(_)) => String::new(),
+        };
+        pvh::write(&memory, ram, &command_line, initramfs.as_ref()).map_err(LayoutError::Pvh)?;
+        Ok(Self {
+            ram,
+            memory,
+            used,
+            boot: BootInfo {
+                protocol: Protocol::Pvh,
+                entry: kernel.pvh_entry,
+                argument: pvh::START_INFO.0,
+                page_table_root: 0,
+            },
+            command_line,
+        })
+    }
+
+    /// Where RAM is.
+    pub fn ram(&self) -> RamMap {
+        self.ram
+    }
+
+    /// How the kernel is entered.
+    pub fn boot_info(&self) -> BootInfo {
+        self.boot
+    }
+
+    /// What the kernel reads as its command line.
+    pub fn command_line(&self) -> &str {
+        &self.command_line
+    }
+
+    /// The pages that the layout uses, in order, and of each whether it was written. A page that is used but not written
+    /// belongs to the kernel and is zero.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, bool)> + '_ {
+        self.used.iter().map(|index| (index, self.is_written(index)))
+    }
+
+    /// Whether the layout uses a page.
+    pub fn is_used(&self, index: u64) -> bool {
+        self.used.contains(index)
+    }
+
+    /// Whether something was written to a page. All others are zero.
+    pub fn is_written(&self, index: u64) -> bool {
+        let Some(offset) = index.checked_mul(PAGE_SIZE) else {
+            return false;
+        };
+        self.memory.iter().next().is_some_and(|low| {
+            offset < low.len() && low.bitmap().dirty_at(MemoryRegionAddress(offset).0 as usize)
+        })
+    }
+
+    /// Copies a page out. One that was not written is zero.
+    pub fn read_page(&self, index: u64, page: &mut [u8; PAGE_SIZE as usize]) {
+        let written = self.is_written(index)
+            && self
+                .memory
+                .read_slice(page, GuestAddress(index * PAGE_SIZE))
+                .is_ok();
+        if !written {
+            page.fill(0);
+        }
+    }
+}
+
+/// Zero memory from address 0.
+pub(super) fn scratch_memory(size: u64) -> Result<ScratchMemory, LayoutError> {
+    ScratchMemory::from_ranges(&[(GuestAddress(0), size as usize)])
+        .map_err(|source| LayoutError::Memory { size, source })
+}
+
+fn load_kernel(kernel: &Kernel, memory: &ScratchMemory, ram_end: u64) -> Result<LoadedKernel, LayoutError> {
+    match kernel {
+        Kernel::BuiltIn => {
+            elf::load(&mut Cursor::new(GUEST_ELF), memory, ram_end).map_err(LayoutError::BuiltIn)
+        }
+        Kernel::File(path) => {
+            let mut file = open("kernel", path)?;
+            elf::load(&mut file, memory, ram_end).map_err(|source| LayoutError::Kernel {
+                path: path.clone(),
+                source,
+            })
+        }
+    }
+}
+
+/// Puts the initramfs as high as it goes, so that a kernel that grows as it starts does not reach it.
+fn load_initramfs(
+    path: &Path,
+    memory: &ScratchMemory,
+    used: &PageSet,
+    ram_end: u64,
+) -> Result<Range<u64>, LayoutError> {
+    let mut file = open("initramfs", path)?;
+    let size = file
+        .metadata()
+        .map_or(0, |metadata| if metadata.is_file() { metadata.len() } else { 0 });
+    let path = || path.to_owned();
+    if size == 0 {
+        return Err(LayoutError::EmptyInitramfs { path: path() });
+    }
+    let start = used
+        .highest_room(BOOT_STRUCTURES.end..ram_end, size)
+        .map_err(|free| LayoutError::InitramfsTooLarge {
+            path: path(),
+            size,
+            free,
+        })?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file, size as usize)
+        .map_err(|source| LayoutError::ReadInitramfs { path: path(), source })?;
+    Ok(start..start + size)
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, LayoutError> {
+    File::open(path).map_err(|source| LayoutError::Open {
+        what,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::KernelFile;
+    use super::*;
+    use std::{collections::BTreeSet, fs, time::Instant};
+
+    const MIB: u64 = 1 << 20;
+    const ADDRESS_PAGE: u64 = KernelFile::ADDRESS / PAGE_SIZE;
+
+    struct Files {
+        directory: tempfile::TempDir,
+    }
+
+    impl Files {
+        fn new() -> Self {
+            let files = Self {
+                directory: tempfile::tempdir().unwrap(),
+            };
+            fs::write(files.path("kernel"), KernelFile::default().to_bytes()).unwrap();
+            files
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn config(&self) -> LayoutConfig {
+            LayoutConfig {
+                ram_size: 16 * MIB,
+                kernel: Kernel::File(self.path("kernel")),
+                initramfs: None,
+                command_line: None,
+            }
+        }
+
+        fn config_with_initramfs(&self, size: u64) -> LayoutConfig {
+            fs::write(self.path("initramfs"), vec![0xa5; size as usize]).unwrap();
+            LayoutConfig {
+                initramfs: Some(self.path("initramfs")),
+                ..self.config()
+            }
+        }
+    }
+
+    fn page(layout: &Layout, index: u64) -> [u8; 4096] {
+        let mut page = [0xee; 4096];
+        layout.read_page(index, &mut page);
+        page
+    }
+
+    #[test]
+    fn used_pages_are_the_kernel_with_its_zeroed_part_and_the_structures() {
+        let layout = Layout::build(&Files::new().config()).unwrap();
+        let pages: Vec<_> = layout.pages().collect();
+        assert_eq!(
+            pages,
+            [
+                (0xe0, true),
+                (ADDRESS_PAGE, true),
+                (ADDRESS_PAGE + 1, false),
+                (ADDRESS_PAGE + 2, false)
+            ]
+        );
+        assert_eq!(page(&layout, ADDRESS_PAGE)[..4], KernelFile::CODE);
+        assert_eq!(page(&layout, ADDRESS_PAGE + 1), [0; 4096]);
+        assert_eq!(layout.boot_info().entry, KernelFile::ADDRESS);
+        assert_eq!(layout.boot_info().argument, 0xe_0000);
+        assert_eq!(layout.command_line(), "");
+    }
+
+    #[test]
+    fn nothing_is_outside_the_used_pages() {
+        let layout = Layout::build(&Files::new().config_with_initramfs(5000)).unwrap();
+        let used: BTreeSet<_> = layout.pages().map(|(index, _)| index).collect();
+        for index in (0..16 * MIB / PAGE_SIZE).chain([1 << 20, u64::MAX]) {
+            assert_eq!(layout.is_used(index), used.contains(&index));
+            if layout.is_written(index) {
+                assert!(used.contains(&index));
+            } else {
+                assert_eq!(page(&layout, index), [0; 4096]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_initramfs_is_at_the_end_of_low_ram() {
+        let layout = Layout::build(&Files::new().config_with_initramfs(5000)).unwrap();
+        let first = 16 * MIB / PAGE_SIZE - 2;
+        assert_eq!(page(&layout, first), [0xa5; 4096]);
+        assert_eq!(page(&layout, first + 1)[..5000 - 4096], [0xa5; 5000 - 4096]);
+        assert_eq!(page(&layout, first + 1)[5000 - 4096..], [0; 2 * 4096 - 5000]);
+    }
+
+    #[test]
+    fn an_initramfs_that_does_not_fit_is_refused_with_both_sizes() {
+        let files = Files::new();
+        let free = 15 * MIB - 0x3000;
+        Layout::build(&files.config_with_initramfs(free)).unwrap();
+        let error = Layout::build(&files.config_with_initramfs(free + 1)).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains(&(free + 1).to_string()), "{message}");
+        assert!(message.contains(&free.to_string()), "{message}");
+        assert!(matches!(
+            Layout::build(&files.config_with_initramfs(0)),
+            Err(LayoutError::EmptyInitramfs { .. })
+        ));
+    }
+
+    #[test]
+    fn files_that_are_not_there_are_named() {
+        let files = Files::new();
+        let missing = files.path("missing");
+        let config = LayoutConfig {
+            kernel: Kernel::File(missing.clone()),
+            ..files.config()
+        };
+        let error = Layout::build(&config).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("cannot open kernel {}", missing.display())
+        );
+        let config = LayoutConfig {
+            kernel: Kernel::File(files.directory.path().to_owned()),
+            ..files.config()
+        };
+        assert!(matches!(
+            Layout::build(&config),
+            Err(LayoutError::Kernel {
+                source: ElfError::Read(_),
+                ..
+            })
+        ));
+        let config = LayoutConfig {
+            initramfs: Some(missing),
+            ..files.config()
+        };
+        assert!(matches!(
+            Layout::build(&config),
+            Err(LayoutError::Open {
+                what: "initramfs",
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn the_built_in_guest_says_hello_by_default() {
+        let config = LayoutConfig {
+            ram_size: 64 * MIB,
+            kernel: Kernel::BuiltIn,
+            initramfs: None,
+            command_line: None,
+        };
+        let layout = Layout::build(&config).unwrap();
+        assert_eq!(layout.command_line(), "workload=hello");
+        assert!(layout.pages().any(|(_, written)| written));
+    }
+
+    #[test]
+    fn large_ram_costs_no_more() {
+        let files = Files::new();
+        let mut config = files.config();
+        config.ram_size = 64 << 30;
+        let start = Instant::now();
+        let layout = Layout::build(&config).unwrap();
+        let took = start.elapsed();
+        assert!(took.as_millis() < 20, "{took:?}");
+        println!("layout of 64 GiB: {took:?}");
+        assert!(!layout.is_used((64 << 30) / PAGE_SIZE - 1));
+        assert_eq!(page(&layout, (64 << 30) / PAGE_SIZE - 1), [0; 4096]);
+    }
+
+    #[test]
+    fn can_be_read_by_many_threads() {
+        fn send_and_sync<T: Send + Sync>(_: &T) {}
+        send_and_sync(&Layout::build(&Files::new().config()).unwrap());
+    }
+}

@@ -1,0 +1,23 @@
+//! What a VM is started with.
+//!
+//! A [`Layout`] is RAM as it is before the first instruction: the kernel, the structures that describe the machine to it,
+//! the initramfs. It is a source of pages like an image is; making an image means writing it to a file.
+//!
+//! Outside RAM, the [`ReadOnlyPages`] of the firmware ROM and of the boot-information page lead from the reset vector to the
+//! kernel's entry.
+
+pub mod builtin;
+mod elf;
+mod entry;
+mod firmware;
+mod layout;
+mod page_set;
+mod pvh;
+#[cfg(test)]
+mod testing;
+
+pub use self::firmware::{ReadOnlyPages, RomError};
+pub use elf::ElfError;
+pub use entry::{Entry, EntryProtocol};
+pub use layout::{Kernel, Layout, LayoutConfig, LayoutError};
+pub use pvh::PvhError;

@@ -1,0 +1,17 @@
+//! The devices of the platform, a fixed set, and the event loop that serves them.
+
+mod bus;
+mod console;
+mod event_loop;
+mod exit_port;
+mod input;
+mod output;
+mod reset;
+mod serial;
+mod terminal;
+mod tick;
+
+pub use bus::DeviceBus;
+pub use console::{Console, ConsoleError};
+pub use event_loop::{EventLoop, EventLoopError, Stopper};
+pub use serial::{SERIAL_IRQ, SerialPort};

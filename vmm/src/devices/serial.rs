@@ -1,0 +1,135 @@
+//! The first serial port, a 16550A, shared by the vCPUs that drive it and the console behind it.
+
+use std::{
+    io,
+    sync::{Mutex, MutexGuard, PoisonError, TryLockError},
+};
+
+use tracing::warn;
+use vm_superio::{
+    Serial, Trigger,
+    serial::{Error, SerialEvents},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::output::Output;
+
+/// Its first port.
+pub(super) const FIRST_PORT: u16 = 0x3f8;
+/// Its last port.
+pub(super) const LAST_PORT: u16 = FIRST_PORT + 7;
+/// Its interrupt line.
+pub const SERIAL_IRQ: u32 = 4;
+
+/// The serial port.
+#[derive(Debug)]
+pub struct SerialPort {
+    uart: Mutex<Uart>,
+}
+
+type Uart = Serial<Interrupt, Drained, Output>;
+
+/// The port cannot take input at the moment; ask again a little later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Busy;
+
+impl SerialPort {
+    /// A port that raises `interrupt`, writes `drained` whenever the guest has read all input, and sends to `output`.
+    pub(super) fn new(interrupt: EventFd, drained: EventFd, output: Output) -> Self {
+        Self {
+            uart: Mutex::new(Serial::with_events(
+                Interrupt(interrupt),
+                Drained(drained),
+                output,
+            )),
+        }
+    }
+
+    /// What `port` reads as.
+    pub(super) fn read(&self, port: u16) -> u8 {
+        self.lock().read((port - FIRST_PORT) as u8)
+    }
+
+    /// Writes to `port`.
+    pub(super) fn write(&self, port: u16, value: u8) {
+        // Output swallows its own errors, so what is left is the interrupt.
+        if let Err(error) = self.lock().write((port - FIRST_PORT) as u8, value) {
+            warn!(%error, "serial port");
+        }
+    }
+
+    /// Gives the guest as much of `input` as fits, and says how much that was: less than all means that the FIFO is full, and
+    /// that `drained` will be written when it is empty again.
+    ///
+    /// Never waits, not even for a vCPU that waits for a slow reader of its output.
+    pub(super) fn try_enqueue(&self, input: &[u8]) -> Result<usize, Busy> {
+        let mut uart = self.try_lock().ok_or(Busy)?;
+        let capacity = uart.fifo_capacity();
+        if capacity == 0 {
+            return Ok(0);
+        }
+        match uart.enqueue_raw_bytes(input) {
+            // In loop-back mode the port is cut off from the line. Drivers use that for moments, to find out what it is.
+            Ok(0) if !input.is_empty() => Err(Busy),
+            Ok(taken) => Ok(taken),
+            // The bytes are in the FIFO all the same.
+            Err(Error::Trigger(error)) => {
+                warn!(%error, "serial port: no interrupt");
+                Ok(input.len().min(capacity))
+            }
+            Err(Error::FullFifo | Error::IOError(_)) => Ok(0),
+        }
+    }
+
+    /// Writes out what is left of the guest's last line.
+    pub fn flush(&self) {
+        self.lock().writer_mut().flush_now();
+    }
+
+    /// The same without waiting; false if there is something left.
+    pub(super) fn try_flush(&self) -> bool {
+        self.try_lock()
+            .is_some_and(|mut uart| uart.writer_mut().try_flush())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Uart>> {
+        match self.uart.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+/// The port's interrupt line.
+#[derive(Debug)]
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells that the guest has read all input.
+#[derive(Debug)]
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        // Only fails if it was written very often and not read, and then it is readable already.
+        let _ = self.0.write(1);
+    }
+}

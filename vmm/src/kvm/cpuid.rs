@@ -1,0 +1,329 @@
+//! What CPUID tells the guest: the host's CPU as far as KVM supports it, as one package of cores without threads.
+//!
+//! Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux `Documentation/virt/kvm/x86/cpuid.rst`; the timing leaf
+//! 0x4000_0010 is VMware's, read by Linux' `arch/x86/kernel/cpu/vmware.c` and offered by QEMU as `vmware-cpuid-freq`.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Cap;
+use thiserror::Error;
+use vmm_sys_util::errno;
+
+use super::Host;
+
+/// Leaf 1.
+mod leaf_1 {
+    pub(super) const ECX_X2APIC: u32 = 1 << 21;
+    pub(super) const ECX_TSC_DEADLINE: u32 = 1 << 24;
+    pub(super) const ECX_HYPERVISOR: u32 = 1 << 31;
+    pub(super) const EDX_HTT: u32 = 1 << 28;
+}
+
+/// EAX of KVM's feature leaf: `KVM_FEATURE_ASYNC_PF`, `KVM_FEATURE_ASYNC_PF_VMEXIT` and `KVM_FEATURE_ASYNC_PF_INT`.
+const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
+const LEAF_CACHES: u32 = 4;
+const LEAF_TOPOLOGY: u32 = 0xb;
+const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_HYPERVISOR: u32 = 0x4000_0000;
+const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
+const LEAF_TIMING: u32 = 0x4000_0010;
+const LEAF_AMD_SIZES: u32 = 0x8000_0008;
+const LEAF_AMD_CACHES: u32 = 0x8000_001d;
+const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// Level types of the topology leaves, in ECX bits 15:8.
+const LEVEL_THREAD: u32 = 1 << 8;
+const LEVEL_CORE: u32 = 2 << 8;
+
+/// KVM's local APIC timer runs at 1 GHz (`APIC_BUS_CYCLE_NS_DEFAULT` in `arch/x86/kvm/lapic.h`).
+const APIC_BUS_KHZ: u32 = 1_000_000;
+
+/// Why CPUID of a guest could not be made.
+#[derive(Debug, Error)]
+pub enum CpuModelError {
+    /// `KVM_GET_SUPPORTED_CPUID` failed.
+    #[error("KVM does not say which CPUID leaves it supports")]
+    Supported(#[source] errno::Error),
+    /// More leaves than KVM takes.
+    #[error("the guest would have {0} CPUID leaves, KVM takes {KVM_MAX_CPUID_ENTRIES}")]
+    TooManyLeaves(usize),
+}
+
+/// The CPU that all vCPUs of a VM are.
+#[derive(Clone, Debug)]
+pub struct CpuModel {
+    leaves: Leaves,
+}
+
+impl CpuModel {
+    /// The host's CPU, `count` times, at least once. Without `async_pf` the guest is not told of KVM's asynchronous page faults.
+    pub fn new(host: &Host, count: u32, async_pf: bool) -> Result<Self, CpuModelError> {
+        let supported = host
+            .kvm()
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(CpuModelError::Supported)?;
+        let count = count.max(1);
+        let tsc_deadline = host.kvm().check_extension(Cap::TscDeadlineTimer);
+        let mut leaves = Leaves(supported.as_slice().to_vec());
+        leaves.set_processor(count, tsc_deadline);
+        leaves.set_topology(count);
+        leaves.set_amd_topology(count);
+        if !async_pf {
+            leaves.hide_async_page_faults();
+        }
+        Ok(Self { leaves })
+    }
+
+    /// CPUID of the vCPU with this index, which is its APIC ID, and this time stamp counter frequency, if known.
+    pub fn for_vcpu(&self, index: u32, tsc_khz: Option<u32>) -> Result<CpuId, CpuModelError> {
+        let mut leaves = self.leaves.clone();
+        leaves.set_apic_id(index);
+        if let Some(tsc_khz) = tsc_khz {
+            leaves.set_timing(tsc_khz);
+        }
+        CpuId::from_entries(&leaves.0).map_err(|_| CpuModelError::TooManyLeaves(leaves.0.len()))
+    }
+}
+
+/// A list of leaves under change.
+#[derive(Clone, Debug)]
+struct Leaves(Vec<kvm_cpuid_entry2>);
+
+impl Leaves {
+    /// All subleaves of `function`.
+    fn of(&mut self, function: u32) -> impl Iterator<Item = &mut kvm_cpuid_entry2> {
+        self.0.iter_mut().filter(move |leaf| leaf.function == function)
+    }
+
+    fn replace(&mut self, function: u32, with: impl IntoIterator<Item = kvm_cpuid_entry2>) {
+        self.0.retain(|leaf| leaf.function != function);
+        self.0.extend(with);
+    }
+
+    /// Makes the highest leaf of the range that starts at `base` at least `to`.
+    fn raise_maximum(&mut self, base: u32, to: u32) {
+        for leaf in self.of(base) {
+            leaf.eax = leaf.eax.max(to);
+        }
+    }
+
+    fn set_processor(&mut self, count: u32, tsc_deadline: bool) {
+        for leaf in self.of(1) {
+            leaf.ecx |= leaf_1::ECX_X2APIC | leaf_1::ECX_HYPERVISOR;
+            if tsc_deadline {
+                leaf.ecx |= leaf_1::ECX_TSC_DEADLINE;
+            }
+            // EBX: logical processors in 23:16, meaningful with HTT.
+            leaf.ebx = leaf.ebx & 0xff00_ffff | count.min(255) << 16;
+            if count > 1 {
+                leaf.edx |= leaf_1::EDX_HTT;
+            } else {
+                leaf.edx &= !leaf_1::EDX_HTT;
+            }
+        }
+    }
+
+    fn set_topology(&mut self, count: u32) {
+        // Leaf 4, of every cache: core IDs in the package less one in EAX 31:26, IDs that share it less one in 25:14. As on
+        // most CPUs the third level is shared by the package, and the others by nobody.
+        let ids = count.next_power_of_two();
+        for leaf in self.of(LEAF_CACHES).filter(|leaf| leaf.eax & 0x1f != 0) {
+            let sharing = cache_sharing(leaf.eax, ids);
+            leaf.eax = leaf.eax & 0x3fff | sharing << 14 | (ids.min(64) - 1) << 26;
+        }
+        self.replace(LEAF_TOPOLOGY, topology(LEAF_TOPOLOGY, count));
+        self.raise_maximum(0, LEAF_TOPOLOGY);
+        if self.of(LEAF_TOPOLOGY_V2).next().is_some() {
+            self.replace(LEAF_TOPOLOGY_V2, topology(LEAF_TOPOLOGY_V2, count));
+        }
+    }
+
+    fn set_amd_topology(&mut self, count: u32) {
+        // ECX: cores in the package less one in 7:0, bits of an APIC ID for them in 15:12.
+        for leaf in self.of(LEAF_AMD_SIZES) {
+            leaf.ecx = leaf.ecx & 0xffff_0f00 | core_id_bits(count) << 12 | (count.min(256) - 1);
+        }
+        let ids = count.next_power_of_two();
+        for leaf in self.of(LEAF_AMD_CACHES).filter(|leaf| leaf.eax & 0x1f != 0) {
+            let sharing = cache_sharing(leaf.eax, ids);
+            leaf.eax = leaf.eax & 0x3fff | sharing << 14;
+        }
+        // EBX: threads per core less one in 15:8; ECX: nodes per processor less one in 10:8, node in 7:0.
+        for leaf in self.of(LEAF_AMD_TOPOLOGY) {
+            leaf.ebx &= !0xff00;
+            leaf.ecx = 0;
+        }
+    }
+
+    fn set_apic_id(&mut self, id: u32) {
+        for leaf in self.of(1) {
+            leaf.ebx = leaf.ebx & 0x00ff_ffff | id << 24;
+        }
+        for function in [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2] {
+            for leaf in self.of(function) {
+                leaf.edx = id;
+            }
+        }
+        for leaf in self.of(LEAF_AMD_TOPOLOGY) {
+            leaf.eax = id;
+            leaf.ebx = leaf.ebx & !0xff | id & 0xff;
+        }
+    }
+
+    fn hide_async_page_faults(&mut self) {
+        for leaf in self.of(LEAF_KVM_FEATURES) {
+            leaf.eax &= !ASYNC_PAGE_FAULTS;
+        }
+    }
+
+    fn set_timing(&mut self, tsc_khz: u32) {
+        let timing = kvm_cpuid_entry2 {
+            function: LEAF_TIMING,
+            eax: tsc_khz,
+            ebx: APIC_BUS_KHZ,
+            ..Default::default()
+        };
+        self.replace(LEAF_TIMING, [timing]);
+        self.raise_maximum(LEAF_HYPERVISOR, LEAF_TIMING);
+    }
+}
+
+/// How many APIC IDs share the cache that `eax` describes, less one; its level is in bits 7:5.
+fn cache_sharing(eax: u32, ids: u32) -> u32 {
+    if eax >> 5 & 7 >= 3 { ids.min(4096) - 1 } else { 0 }
+}
+
+/// Bits of an APIC ID that tell cores apart.
+fn core_id_bits(count: u32) -> u32 {
+    count.next_power_of_two().trailing_zeros()
+}
+
+/// The subleaves of a topology leaf: one thread in a core, `count` cores, and the end. EDX gets the APIC ID later.
+fn topology(function: u32, count: u32) -> [kvm_cpuid_entry2; 3] {
+    let level = |index, shift, processors, kind| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: processors,
+        ecx: kind | index,
+        ..Default::default()
+    };
+    [
+        level(0, 0, 1, LEVEL_THREAD),
+        level(1, core_id_bits(count), count, LEVEL_CORE),
+        level(2, 0, 0, 0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|leaf| leaf.function == function && leaf.index == index)
+            .unwrap()
+    }
+
+    fn leaf(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn every_vcpu_has_its_apic_id_everywhere() {
+        let model = CpuModel::new(&Host::open().unwrap(), 3, true).unwrap();
+        for index in 0..3 {
+            let cpuid = model.for_vcpu(index, Some(2_000_000)).unwrap();
+            assert_eq!(find(&cpuid, 1, 0).ebx >> 24, index);
+            for subleaf in 0..3 {
+                assert_eq!(find(&cpuid, LEAF_TOPOLOGY, subleaf).edx, index);
+            }
+        }
+    }
+
+    #[test]
+    fn the_guest_can_count_its_cpus() {
+        let host = Host::open().unwrap();
+        for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (255, 8)] {
+            let cpuid = CpuModel::new(&host, count, true)
+                .unwrap()
+                .for_vcpu(0, None)
+                .unwrap();
+            assert!(find(&cpuid, 0, 0).eax >= LEAF_TOPOLOGY);
+            let core = find(&cpuid, LEAF_TOPOLOGY, 1);
+            assert_eq!((core.eax, core.ebx, core.ecx), (bits, count, LEVEL_CORE | 1));
+            let processor = find(&cpuid, 1, 0);
+            assert_eq!(processor.ebx >> 16 & 0xff, count);
+            assert_eq!(processor.edx & leaf_1::EDX_HTT != 0, count > 1);
+        }
+    }
+
+    #[test]
+    fn the_timing_leaf_is_within_the_range() {
+        let model = CpuModel::new(&Host::open().unwrap(), 1, true).unwrap();
+        let cpuid = model.for_vcpu(0, Some(2_445_404)).unwrap();
+        assert!(find(&cpuid, LEAF_HYPERVISOR, 0).eax >= LEAF_TIMING);
+        let timing = find(&cpuid, LEAF_TIMING, 0);
+        assert_eq!((timing.eax, timing.ebx), (2_445_404, 1_000_000));
+    }
+
+    #[test]
+    fn async_page_faults_are_hidden_and_nothing_else() {
+        let host = Host::open().unwrap();
+        let features = |async_pf| {
+            let model = CpuModel::new(&host, 1, async_pf).unwrap();
+            find(&model.for_vcpu(0, None).unwrap(), LEAF_KVM_FEATURES, 0).eax
+        };
+        assert_eq!(features(false), features(true) & !ASYNC_PAGE_FAULTS);
+        assert_ne!(features(false), features(true), "this host's KVM has them");
+    }
+
+    #[test]
+    fn the_guest_knows_that_it_is_one_and_has_x2apic() {
+        let model = CpuModel::new(&Host::open().unwrap(), 1, true).unwrap();
+        let ecx = find(&model.for_vcpu(0, None).unwrap(), 1, 0).ecx;
+        assert_eq!(ecx >> 31, 1);
+        assert_eq!(ecx >> 21 & 1, 1);
+    }
+
+    #[test]
+    fn caches_are_shared_by_the_package_from_level_three_on() {
+        let cache = |level: u32| kvm_cpuid_entry2 {
+            eax: 0xffff_c001 | level << 5,
+            ..leaf(LEAF_CACHES, level)
+        };
+        let mut leaves = Leaves(vec![cache(1), cache(3), leaf(LEAF_CACHES, 4)]);
+        leaves.set_topology(6);
+        let eax: Vec<_> = leaves.of(LEAF_CACHES).map(|leaf| leaf.eax).collect();
+        assert_eq!(eax[0], 1 | 1 << 5 | 7 << 26);
+        assert_eq!(eax[1], 1 | 3 << 5 | 7 << 14 | 7 << 26);
+        assert_eq!(eax[2], 0, "the end of the list stays the end");
+    }
+
+    #[test]
+    fn amd_leaves_count_cores_without_threads() {
+        let mut leaves = Leaves(vec![
+            kvm_cpuid_entry2 {
+                ecx: 0x0001_f0ff,
+                ..leaf(LEAF_AMD_SIZES, 0)
+            },
+            kvm_cpuid_entry2 {
+                ebx: 0x0000_0103,
+                ecx: 0x0000_0301,
+                ..leaf(LEAF_AMD_TOPOLOGY, 0)
+            },
+        ]);
+        leaves.set_amd_topology(3);
+        leaves.set_apic_id(2);
+        assert_eq!(leaves.of(LEAF_AMD_SIZES).next().unwrap().ecx, 0x0001_2002);
+        let topology = *leaves.of(LEAF_AMD_TOPOLOGY).next().unwrap();
+        assert_eq!((topology.eax, topology.ebx, topology.ecx), (2, 2, 0));
+    }
+}

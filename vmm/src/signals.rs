@@ -1,0 +1,22 @@
+//! The signal mask of the calling thread.
+
+use vmm_sys_util::{errno, signal::create_sigset};
+
+/// Keeps `signals` pending instead of delivering them, in this thread and those that it starts.
+pub(crate) fn block(signals: &[libc::c_int]) -> Result<(), errno::Error> {
+    change_mask(libc::SIG_BLOCK, signals)
+}
+
+/// Lets `signals` be delivered to this thread.
+pub(crate) fn unblock(signals: &[libc::c_int]) -> Result<(), errno::Error> {
+    change_mask(libc::SIG_UNBLOCK, signals)
+}
+
+fn change_mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), errno::Error> {
+    let set = create_sigset(signals)?;
+    // SAFETY: `set` is an initialised set; the old mask is not asked for.
+    match unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(errno::Error::new(error)),
+    }
+}
