@@ -78,3 +78,32 @@ impl BootInfo {
         page
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_every_field_where_the_firmware_reads_it() {
+        let page = BootInfo {
+            protocol: Protocol::LongMode,
+            entry: 0x0102_0304_0506_0708,
+            argument: 0x1112_1314_1516_1718,
+            page_table_root: 0x2122_2324_2526_2728,
+        }
+        .to_page();
+        assert_eq!(page[..8], *b"umemboot");
+        assert_eq!(page[8..16], [1, 0, 0, 0, 2, 0, 0, 0]);
+        let field = |at: usize| u64::from_le_bytes(page[at..at + 8].try_into().unwrap());
+        assert_eq!(field(offset::ENTRY), 0x0102_0304_0506_0708);
+        assert_eq!(field(offset::ARGUMENT), 0x1112_1314_1516_1718);
+        assert_eq!(field(offset::PAGE_TABLE_ROOT), 0x2122_2324_2526_2728);
+        assert!(page[offset::PAGE_TABLE_ROOT + 8..].iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn the_page_is_aligned_and_apart_from_the_rom() {
+        assert_eq!(ADDRESS % SIZE as u64, 0);
+        assert!(ADDRESS + SIZE as u64 <= crate::ROM_ADDRESS);
+    }
+}

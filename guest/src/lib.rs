@@ -6,7 +6,16 @@
 
 #![cfg_attr(not(test), no_std)]
 
+pub mod command_line;
+pub mod exit_code;
 pub mod fingerprint;
+pub mod machine;
+pub mod memory_map;
+pub mod order;
+pub mod permutation;
+pub mod start_info;
+pub mod tables;
+pub mod workload;
 
 /// The port of the isa-debug-exit device. Writing `n` ends the VM with guest exit code `n`.
 pub const EXIT_PORT: u16 = 0xf4;

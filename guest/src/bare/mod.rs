@@ -1,0 +1,167 @@
+//! The guest on the bare machine.
+//!
+//! [`entry`] goes from the PVH entry to ring 3 with as few instructions as it can; from there on everything runs in ring 3 with
+//! interrupts off: [`main`] on CPU 0, [`smp::secondary_main`] on the others. Ring 0 is seen again only by an exception.
+
+mod boot;
+mod clock;
+mod entry;
+mod exceptions;
+mod exit;
+mod machine;
+mod paging;
+mod serial;
+mod smp;
+
+use core::panic::PanicInfo;
+
+use guest::command_line::{self, FaultKind, Pages as PagesWanted, Workload};
+use guest::exit_code::ExitCode;
+use guest::machine::Machine as _;
+use guest::memory_map::MemoryMap;
+use guest::order::Order;
+use guest::workload::{Pages, dirty, hello, touch, verify};
+
+use boot::Boot;
+use machine::PhysicalMachine;
+use serial::println;
+
+/// What CPU 0 has decided and every CPU does.
+struct Plan {
+    workload: Workload,
+    map: MemoryMap,
+    ram_bytes: u64,
+    cpus: u64,
+    ticks_per_millisecond: u64,
+}
+
+/// Why the guest ends before its workload begins.
+struct Refusal {
+    code: ExitCode,
+}
+
+/// Prints `error=…` and makes a [`Refusal`] of it.
+macro_rules! refuse {
+    ($code:ident, $($words:tt)*) => {{
+        $crate::bare::serial::println(format_args!($($words)*));
+        $crate::bare::Refusal { code: $crate::bare::ExitCode::$code }
+    }};
+}
+use refuse;
+
+/// CPU 0 in ring 0, between long mode and ring 3: only what ring 3 cannot do.
+extern "C" fn prepare() {
+    clock::ask_cpuid();
+    smp::start_secondaries();
+}
+
+/// CPU 0 in ring 3.
+extern "C" fn main(_cpu: u64, start_info: u64) -> ! {
+    let cpus = match smp::wait_for_all() {
+        Ok(cpus) => cpus,
+        Err(refusal) => exit::exit(refusal.code),
+    };
+    match plan(start_info, cpus) {
+        Ok(plan) => run(smp::publish(plan), 0),
+        Err(refusal) => exit::exit(refusal.code),
+    }
+}
+
+/// Reads what the boot loader left, and decides.
+fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
+    let boot = Boot::read(start_info)?;
+    for word in command_line::ignored_words(boot.command_line) {
+        println(format_args!("ignored={word}"));
+    }
+    let workload = command_line::parse(boot.command_line).map_err(|error| refuse!(CommandLine, "{error}"))?;
+    let mut plan = Plan {
+        workload,
+        map: boot.memory_map()?,
+        ram_bytes: boot.ram_bytes(),
+        cpus,
+        ticks_per_millisecond: 1,
+    };
+    match workload {
+        Workload::Hello | Workload::Fault(_) => return Ok(plan),
+        Workload::Verify { .. } | Workload::Touch { .. } | Workload::Dirty { .. } => {}
+    }
+    let pages = plan.pages().map_err(|wanted| {
+        let available = plan.map.count();
+        refuse!(
+            CommandLine,
+            "error=too_many_pages word=pages={wanted} available={available}"
+        )
+    })?;
+    if let Some(last) = pages.count().checked_sub(1).and_then(|last| plan.map.frame(last)) {
+        paging::map_up_to(&plan.map, last)?;
+    }
+    plan.ticks_per_millisecond = clock::ticks_per_millisecond()?;
+    Ok(plan)
+}
+
+impl Plan {
+    /// The pages that the workload wants, or how many it wants in vain.
+    fn pages(&self) -> Result<Pages<'_>, u64> {
+        let (pages, order) = match self.workload {
+            Workload::Verify { pages, order, .. }
+            | Workload::Touch { pages, order, .. }
+            | Workload::Dirty { pages, order, .. } => (pages, order),
+            Workload::Hello | Workload::Fault(_) => (PagesWanted::First(0), Order::Sequential),
+        };
+        let count = match pages {
+            PagesWanted::All => self.map.count(),
+            PagesWanted::First(count) => count,
+        };
+        Pages::new(&self.map, count, order).ok_or(count)
+    }
+}
+
+/// What every CPU does in the end.
+fn run(plan: &'static Plan, cpu: u64) -> ! {
+    let machine = PhysicalMachine { plan, cpu };
+    let code = match plan.pages() {
+        Ok(pages) => match plan.workload {
+            Workload::Hello => hello::run(&machine),
+            Workload::Verify { seed, full, .. } => verify::run(&machine, &pages, seed, full),
+            Workload::Touch { rounds, .. } => touch::run(&machine, &pages, rounds),
+            Workload::Dirty { rounds, .. } => dirty::run(&machine, &pages, rounds),
+            Workload::Fault(kind) if cpu == 0 => fail(kind),
+            Workload::Fault(_) => exit::park(),
+        },
+        // The plan has been made with these pages.
+        Err(_) => ExitCode::CommandLine,
+    };
+    if cpu != 0 {
+        exit::park();
+    }
+    let result = if code == ExitCode::Ok { "ok" } else { "failed" };
+    machine.print(format_args!("result={result}"));
+    exit::exit(code)
+}
+
+/// The workload that fails.
+fn fail(kind: FaultKind) -> ExitCode {
+    match kind {
+        FaultKind::PageFault => exceptions::provoke_page_fault(),
+        FaultKind::InvalidOpcode => exceptions::provoke_invalid_opcode(),
+        FaultKind::DoubleFault => exceptions::provoke_double_fault(),
+        FaultKind::Panic => panic!("as the command line asked"),
+    }
+    // Not reached, and if it is, the exit code tells.
+    ExitCode::CheckFailed
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    let cpu = entry::current_cpu();
+    let message = info.message();
+    match info.location() {
+        Some(location) => println(format_args!(
+            "panic={message} file={} line={} cpu={cpu}",
+            location.file(),
+            location.line()
+        )),
+        None => println(format_args!("panic={message} cpu={cpu}")),
+    }
+    exit::exit(ExitCode::Panic)
+}

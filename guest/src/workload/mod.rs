@@ -1,0 +1,109 @@
+//! The workloads. Each runs on every CPU at once, on that CPU's share of the pages, and CPU 0 does the talking.
+
+pub mod dirty;
+pub mod hello;
+pub mod touch;
+pub mod verify;
+
+use core::ops::Range;
+
+use crate::machine::Machine;
+use crate::memory_map::MemoryMap;
+use crate::order::{Order, Sequence};
+
+/// The most pages that are named as wrong, over all CPUs; the rest is only counted.
+const MAX_WRONG_LINES: u64 = 16;
+
+/// The pages of a workload, in the order of their turns.
+#[derive(Clone, Copy, Debug)]
+pub struct Pages<'a> {
+    map: &'a MemoryMap,
+    count: u64,
+    sequence: Sequence,
+}
+
+/// A page whose turn it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// Its number among the pages of the memory map.
+    pub index: u64,
+    /// Its page frame.
+    pub frame: u64,
+}
+
+impl<'a> Pages<'a> {
+    /// The first `count` pages of `map` in the given order; `None` if the map has fewer.
+    pub fn new(map: &'a MemoryMap, count: u64, order: Order) -> Option<Self> {
+        (count <= map.count()).then(|| Self {
+            map,
+            count,
+            sequence: order.of(count),
+        })
+    }
+
+    /// How many pages.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The turns that belong to one CPU of the machine.
+    fn share(&self, machine: &impl Machine) -> Range<u64> {
+        let bound = |cpu| (u128::from(self.count) * u128::from(cpu) / u128::from(machine.cpus())) as u64;
+        bound(machine.cpu())..bound(machine.cpu() + 1)
+    }
+
+    /// The pages of one CPU's share.
+    fn of(&self, machine: &impl Machine) -> impl Iterator<Item = Page> {
+        self.share(machine).filter_map(|turn| {
+            let index = self.sequence.page(turn);
+            let frame = self.map.frame(index)?;
+            Some(Page { index, frame })
+        })
+    }
+}
+
+/// How many wrong pages one CPU names.
+fn wrong_lines_per_cpu(machine: &impl Machine) -> u64 {
+    (MAX_WRONG_LINES / machine.cpus()).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::fake::Shared;
+
+    /// Frames 0x10 to 0x1f and 0x40 to 0x4f.
+    pub(super) fn map() -> MemoryMap {
+        let mut map = MemoryMap::new();
+        map.add(0x10_000, 0x10_000).unwrap();
+        map.add(0x40_000, 0x10_000).unwrap();
+        map
+    }
+
+    #[test]
+    fn the_shares_of_all_cpus_are_all_pages() {
+        let map = map();
+        let pages = Pages::new(&map, 23, Order::Random { seed: 3 }).unwrap();
+        for cpus in [1, 2, 3, 30] {
+            let shared = Shared::new(cpus);
+            shared.run(|machine| {
+                let mut frames = shared.touched.lock().unwrap();
+                frames.extend(pages.of(machine).map(|page| (machine.cpu(), page.frame)));
+            });
+            let mut frames: Vec<_> = shared
+                .touched
+                .lock()
+                .unwrap()
+                .iter()
+                .map(|(_, frame)| *frame)
+                .collect();
+            frames.sort_unstable();
+            assert!(frames.into_iter().eq((0x10..0x20).chain(0x40..0x47)));
+        }
+    }
+
+    #[test]
+    fn more_pages_than_there_are_is_refused() {
+        assert!(Pages::new(&map(), 33, Order::Sequential).is_none());
+    }
+}
