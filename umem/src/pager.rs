@@ -116,6 +116,9 @@ pub enum StartError {
     /// The region's pages could not be counted.
     #[error("cannot count the populated pages of guest memory")]
     Count(#[source] io::Error),
+    /// There is no memory for the page-state table.
+    #[error("no memory for the page states of a region of this size")]
+    NoMemory,
     /// A thread or a descriptor could not be had.
     #[error("cannot start the pager")]
     Os(#[source] io::Error),
@@ -236,7 +239,8 @@ impl Pager {
         let populated_at_start = region.populated().map_err(StartError::Count)?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| StartError::Os(errno.into()))?;
-        let states = PageStates::new(region.pages(), region.page_size().pages());
+        let states =
+            PageStates::new(region.pages(), region.page_size().pages()).ok_or(StartError::NoMemory)?;
         let shared = Arc::new(Shared {
             region,
             uffd,
@@ -285,6 +289,11 @@ impl Pager {
             all_present_at: shared.all_present_at.get().copied(),
             source: shared.source.stats(),
         }
+    }
+
+    /// The most memory that its page-state table can take, in bytes.
+    pub fn table_size(&self) -> u64 {
+        self.shared.states.table_size()
     }
 
     /// The region it serves.

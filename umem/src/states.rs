@@ -32,6 +32,8 @@
 //! Memory is installed in units, of one page or (on huge pages) of 512, and what the kernel cannot install or drop apart
 //! has one state: the table has one entry a unit. Counts are in pages all the same.
 
+use std::alloc::Layout;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
 
 use crate::units::{PageIndex, PageRange};
@@ -141,26 +143,35 @@ pub struct PageStates {
 }
 
 impl PageStates {
-    /// `pages` absent pages, installed `unit` at a time. `pages` is a multiple of `unit`.
+    /// `pages` absent pages, installed `unit` at a time. `None`: there is no memory for the table.
     ///
     /// # Panics
     ///
     /// Where `pages` is not a multiple of `unit`.
-    pub fn new(pages: u64, unit: u64) -> Self {
+    pub fn new(pages: u64, unit: u64) -> Option<Self> {
         assert!(
-            unit > 0 && pages.is_multiple_of(unit),
+            unit > 0 && pages > 0 && pages.is_multiple_of(unit),
             "{pages} pages are no multiple of {unit}"
         );
-        let entries = Box::<[AtomicU8]>::new_zeroed_slice((pages / unit) as usize);
-        Self {
-            // SAFETY: an AtomicU8 of zero bits is valid, and means Absent.
-            entries: unsafe { entries.assume_init() },
+        let count = usize::try_from(pages / unit).ok()?;
+        let layout = Layout::array::<AtomicU8>(count).ok()?;
+        // SAFETY: the layout is not empty.
+        let entries = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?.cast();
+        // SAFETY: allocated with this layout by the allocator of boxes; an AtomicU8 of zero bits is valid, and means Absent.
+        let entries = unsafe { Box::from_raw(NonNull::slice_from_raw_parts(entries, count).as_ptr()) };
+        Some(Self {
+            entries,
             unit,
             unsettled: AtomicU64::new(pages),
             in_flight: AtomicU64::new(0),
             removed: AtomicU64::new(0),
             by_arrival: Default::default(),
-        }
+        })
+    }
+
+    /// The memory that the table takes when all of it is in use, in bytes.
+    pub fn table_size(&self) -> u64 {
+        self.entries.len() as u64
     }
 
     /// How many pages there are.
@@ -381,7 +392,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_sequence_of_steps_does_what_the_diagram_says(unit in prop_oneof![Just(1u64), Just(512)], steps in steps()) {
-            let table = PageStates::new(8 * unit, unit);
+            let table = PageStates::new(8 * unit, unit).unwrap();
             let mut model = [(PageState::Absent, None::<Arrival>); 8];
             for (index, step) in steps {
                 let range = PageRange::new(PageIndex(index * unit), unit);
@@ -421,7 +432,7 @@ mod tests {
 
         #[test]
         fn runs_are_claimed_once_and_in_order(most in 1..20u64, taken in prop::collection::vec(0..64u64, 0..30)) {
-            let table = PageStates::new(64, 1);
+            let table = PageStates::new(64, 1).unwrap();
             for page in &taken {
                 table.claim(PageRange::single(PageIndex(*page)));
             }
@@ -441,7 +452,7 @@ mod tests {
     fn threads_agree() {
         const PAGES: u64 = 64;
         for seed in 0..200u64 {
-            let table = PageStates::new(PAGES, 1);
+            let table = PageStates::new(PAGES, 1).unwrap();
             let owned: Vec<AtomicBool> = (0..PAGES).map(|_| AtomicBool::new(false)).collect();
             std::thread::scope(|scope| {
                 for thread in 0..3u64 {

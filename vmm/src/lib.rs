@@ -4,11 +4,19 @@
 //! - [`kvm`]: the host's KVM, a VM, its vCPUs, and what CPUID tells the guest;
 //! - [`devices`]: the fixed set of devices on the ports, and the one event loop that serves them;
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
-//! - [`ending`]: why a VM stopped.
+//! - [`memory`]: a umem region as guest memory;
+//! - [`machine`]: all of it put together and run;
+//! - [`ending`]: why a VM stopped;
+//! - [`report`]: what a run leaves behind;
+//! - [`cli`]: the command line.
 
 pub mod address_map;
 pub mod boot;
+pub mod cli;
 pub mod devices;
 pub mod ending;
 pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod report;
 mod signals;

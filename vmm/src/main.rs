@@ -1,3 +1,5 @@
 //! The program `umem`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

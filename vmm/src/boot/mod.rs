@@ -11,8 +11,10 @@ mod elf;
 mod entry;
 mod firmware;
 mod layout;
+mod metadata;
 mod page_set;
 mod pvh;
+mod source;
 #[cfg(test)]
 mod testing;
 
@@ -20,4 +22,6 @@ pub use self::firmware::{ReadOnlyPages, RomError};
 pub use elf::ElfError;
 pub use entry::{Entry, EntryProtocol};
 pub use layout::{Kernel, Layout, LayoutConfig, LayoutError};
+pub use metadata::{ImageMetadata, MetadataError};
 pub use pvh::PvhError;
+pub use source::LayoutSource;

@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use kvm_bindings::KVM_API_VERSION;
+use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
 use vmm_sys_util::errno;
@@ -104,6 +104,23 @@ impl Host {
             }
         }
         Ok(Self { kvm })
+    }
+
+    /// How many bits a guest-physical address has here (CPUID leaf 0x80000008), at most 52.
+    pub fn physical_address_bits(&self) -> u32 {
+        let bits = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .ok()
+            .and_then(|cpuid| {
+                let leaf = cpuid
+                    .as_slice()
+                    .iter()
+                    .find(|leaf| leaf.function == 0x8000_0008)?;
+                Some(leaf.eax & 0xff)
+            });
+        // 36 is what a processor without the leaf has (Intel SDM volume 3, 4.1.4).
+        bits.filter(|bits| *bits > 0).unwrap_or(36)
     }
 
     /// The device itself, for what [`Host`] has no word for.

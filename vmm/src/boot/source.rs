@@ -1,0 +1,134 @@
+//! A layout as a page source.
+
+use std::sync::Arc;
+
+use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::units::{PAGE_SIZE, PageIndex, PageRange};
+
+use super::Layout;
+
+/// The pages that a layout wrote, over another source that has all others.
+#[derive(Clone)]
+pub struct LayoutSource {
+    layout: Arc<Layout>,
+    base: Arc<dyn PageSource>,
+}
+
+impl LayoutSource {
+    /// `layout` over `base`.
+    pub fn new(layout: Layout, base: Arc<dyn PageSource>) -> Self {
+        Self {
+            layout: Arc::new(layout),
+            base,
+        }
+    }
+
+    /// Puts the layout's pages over what the base said of `pages`.
+    fn overlay(&self, pages: PageRange, base: Content, buffer: &mut [u8]) -> Content {
+        let mut content = base;
+        let chunks = buffer.as_chunks_mut::<PAGE_SIZE>().0;
+        for (index, page) in pages.pages().enumerate() {
+            if !self.layout.is_written(page.0) {
+                continue;
+            }
+            if content == Content::Zero {
+                chunks.as_flattened_mut().fill(0);
+                content = Content::Data;
+            }
+            self.layout.read_page(page.0, &mut chunks[index]);
+        }
+        content
+    }
+
+    fn next_written(&self, from: PageIndex) -> Option<PageRange> {
+        let mut written = self
+            .layout
+            .pages()
+            .filter(|(page, written)| *written && *page >= from.0);
+        let (first, _) = written.next()?;
+        let more = written
+            .zip(first + 1..)
+            .take_while(|((page, _), expected)| page == expected)
+            .count();
+        Some(PageRange::new(PageIndex(first), 1 + more as u64))
+    }
+}
+
+impl PageSource for LayoutSource {
+    fn url(&self) -> String {
+        self.base.url()
+    }
+
+    fn try_read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Option<Content>, SourceError> {
+        let base = self.base.try_read(pages, buffer)?;
+        Ok(base.map(|base| self.overlay(pages, base, buffer)))
+    }
+
+    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+        let base = self.base.read(pages, buffer)?;
+        Ok(self.overlay(pages, base, buffer))
+    }
+
+    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
+        let (base, own) = (self.base.next_data(from)?, self.next_written(from));
+        // Whichever comes first; what of the other lies in it is asked for page by page anyway.
+        Ok(base.into_iter().chain(own).min_by_key(|run| run.start))
+    }
+
+    fn stats(&self) -> SourceStats {
+        self.base.stats()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::{Kernel, LayoutConfig};
+    use umem::source::zero::ZeroSource;
+
+    fn source() -> LayoutSource {
+        let config = LayoutConfig {
+            ram_size: 16 << 20,
+            kernel: Kernel::BuiltIn,
+            initramfs: None,
+            command_line: None,
+        };
+        LayoutSource::new(Layout::build(&config).unwrap(), Arc::new(ZeroSource))
+    }
+
+    #[test]
+    fn one_page_or_many_read_the_same() {
+        let source = source();
+        let all = PageRange::new(PageIndex(0), 4096);
+        let mut whole = vec![0xaa; all.bytes()];
+        assert_eq!(source.read(all, &mut whole).unwrap(), Content::Data);
+        for page in all.pages() {
+            let mut one = [0xaa; PAGE_SIZE];
+            match source.try_read(PageRange::single(page), &mut one).unwrap() {
+                Some(Content::Zero) => one.fill(0),
+                Some(Content::Data) => assert!(source.layout.is_written(page.0)),
+                None => panic!("it would not have to wait"),
+            }
+            let offset = page.byte_offset() as usize;
+            assert_eq!(one, whole[offset..offset + PAGE_SIZE], "page {page}");
+        }
+    }
+
+    #[test]
+    fn data_is_what_the_layout_wrote() {
+        let source = source();
+        let mut found = Vec::new();
+        let mut at = PageIndex(0);
+        while let Some(run) = source.next_data(at).unwrap() {
+            found.extend(run.pages().map(|page| page.0));
+            at = run.end();
+        }
+        let written: Vec<u64> = source
+            .layout
+            .pages()
+            .filter(|page| page.1)
+            .map(|page| page.0)
+            .collect();
+        assert_eq!(found, written);
+    }
+}

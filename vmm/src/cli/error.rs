@@ -1,0 +1,214 @@
+//! What every command ends with: an exit code, and one chain of causes.
+
+use std::error::Error;
+use std::fmt::Write;
+
+use thiserror::Error;
+use umem::image::{self, WriteError};
+use umem::pager::{PagerError, StartError};
+use umem::region::RegionError;
+use umem::source::SourceError;
+use umem::uffd;
+
+use super::options::OptionError;
+use crate::boot::{LayoutError, MetadataError, RomError};
+use crate::devices::EventLoopError;
+use crate::kvm::HostError;
+use crate::machine::MachineError;
+use crate::report::ReportError;
+
+/// Exit codes, as the manual promises them.
+#[allow(missing_docs)]
+pub mod exit_code {
+    pub const OK: u8 = 0;
+    pub const RUNTIME: u8 = 1;
+    pub const USAGE: u8 = 2;
+    pub const HOST: u8 = 3;
+    pub const SOURCE_LOST: u8 = 4;
+    pub const CORRUPT: u8 = 6;
+    /// The guest ended with code n > 0: this plus n, at most 255.
+    pub const GUEST: u8 = 64;
+    /// A reset or a triple fault that nobody asked for, or a crash that the guest reported.
+    pub const GUEST_RESET: u8 = 65;
+}
+
+/// Why a command failed.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// An option's value makes no sense.
+    #[error("{option}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What is wrong.
+        source: OptionError,
+    },
+    /// Options that do not go together, or an argument that cannot be.
+    #[error("{0}")]
+    Usage(String),
+    /// No image, or not one of ours.
+    #[error(transparent)]
+    OpenImage(#[from] image::OpenError),
+    /// An image that does not say how to start it.
+    #[error("cannot start a guest from '{path}'")]
+    Metadata {
+        /// The image.
+        path: String,
+        /// Why.
+        source: MetadataError,
+    },
+    /// Nothing can be laid out in RAM.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The image cannot be written.
+    #[error(transparent)]
+    WriteImage(#[from] WriteError),
+    /// The image cannot be read.
+    #[error(transparent)]
+    ReadImage(#[from] image::ReadError),
+    /// The image is not what was written.
+    #[error("{0}")]
+    CorruptImage(String),
+    /// The VM cannot be run.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A page cannot be had.
+    #[error("the VM was stopped because a page of its memory cannot be had")]
+    Pager(#[from] std::sync::Arc<PagerError>),
+    /// A vCPU cannot go on.
+    #[error("the VM was stopped because a vCPU cannot go on")]
+    Vcpu(#[from] crate::kvm::VcpuError),
+    /// The guest did what ends it badly.
+    #[error("{what}")]
+    Guest {
+        /// What it did.
+        what: &'static str,
+        /// The exit code.
+        code: u8,
+    },
+    /// The report cannot be written.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// The log cannot be written.
+    #[error("cannot open log file '{path}'")]
+    LogFile {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// This host lacks something.
+    #[error("{0}")]
+    HostLacks(String),
+}
+
+impl CommandError {
+    /// The exit code that it asks for.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Option { .. } | Self::Usage(_) | Self::LogFile { .. } => exit_code::USAGE,
+            Self::Layout(LayoutError::Memory { .. }) => exit_code::RUNTIME,
+            Self::Layout(_) => exit_code::USAGE,
+            Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
+            Self::OpenImage(_) | Self::Metadata { .. } | Self::CorruptImage(_) => exit_code::CORRUPT,
+            Self::ReadImage(image::ReadError::Io { .. }) => exit_code::RUNTIME,
+            Self::ReadImage(_) => exit_code::CORRUPT,
+            Self::WriteImage(WriteError::Exists { .. } | WriteError::Metadata { .. }) => exit_code::USAGE,
+            Self::WriteImage(WriteError::Create { source, .. }) if is_path_error(source) => exit_code::USAGE,
+            Self::Machine(error) => machine_exit_code(error),
+            Self::Pager(error) => pager_exit_code(error),
+            Self::Guest { code, .. } => *code,
+            Self::HostLacks(_) => exit_code::HOST,
+            Self::WriteImage(_) | Self::Vcpu(_) | Self::Report(_) => exit_code::RUNTIME,
+        }
+    }
+
+    /// All causes in one line, outermost first, none twice.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let message = error.to_string();
+            // An error that only passes on another has that one's message.
+            if !text.ends_with(&message) {
+                let _ = write!(text, ": {message}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+}
+
+fn machine_exit_code(error: &MachineError) -> u8 {
+    match error {
+        MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
+        MachineError::Host(_)
+        | MachineError::Region(RegionError::NoHugePages { .. })
+        | MachineError::Pager(StartError::Userfaultfd(
+            uffd::OpenError::Permission | uffd::OpenError::Unsupported | uffd::OpenError::Features { .. },
+        )) => exit_code::HOST,
+        MachineError::TooManyCpus { .. }
+        | MachineError::RamTooLarge { .. }
+        | MachineError::Region(RegionError::Size { .. } | RegionError::TooLarge { .. })
+        | MachineError::Pager(StartError::NoMemory) => exit_code::USAGE,
+        MachineError::Rom(error) => match error {
+            RomError::Memory { .. } => exit_code::RUNTIME,
+            _ => exit_code::USAGE,
+        },
+        MachineError::EventLoop(
+            EventLoopError::Manager(_) | EventLoopError::Event(_) | EventLoopError::Signals(_),
+        )
+        | MachineError::Vm(_)
+        | MachineError::Vcpu(_)
+        | MachineError::CpuModel(_)
+        | MachineError::Region(RegionError::Os { .. })
+        | MachineError::Pager(_)
+        | MachineError::Console(_)
+        | MachineError::Os(_) => exit_code::RUNTIME,
+    }
+}
+
+fn pager_exit_code(error: &PagerError) -> u8 {
+    match error {
+        PagerError::Source {
+            source: SourceError::Corrupt(_),
+            ..
+        } => exit_code::CORRUPT,
+        PagerError::Source {
+            source: SourceError::Lost(_),
+            ..
+        } => exit_code::SOURCE_LOST,
+        PagerError::Install { .. } | PagerError::Unaccounted { .. } | PagerError::Events(_) => {
+            exit_code::RUNTIME
+        }
+    }
+}
+
+/// Whether a file could not be made because of what it was called.
+fn is_path_error(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    matches!(
+        error.kind(),
+        NotFound | PermissionDenied | NotADirectory | IsADirectory
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_says_nothing_twice() {
+        let source = std::io::Error::from_raw_os_error(2);
+        let error = CommandError::OpenImage(image::OpenError::Io {
+            path: "x".into(),
+            source,
+        });
+        let chain = error.chain();
+        assert_eq!(
+            chain,
+            "cannot read image 'x': No such file or directory (os error 2)"
+        );
+        assert_eq!(error.exit_code(), exit_code::USAGE);
+    }
+}

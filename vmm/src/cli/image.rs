@@ -1,0 +1,242 @@
+//! `umem image`.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::{Args, Subcommand};
+use guest::fingerprint::Fingerprint;
+use indicatif::{ProgressBar, ProgressStyle};
+use umem::image::{Image, ImageWriter};
+use umem::publish::Existing;
+use umem::units::{PAGE_SIZE, PageIndex};
+
+use super::error::CommandError;
+use super::options::Size;
+use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig};
+
+/// What there is to do with images.
+#[derive(Debug, Subcommand)]
+pub(super) enum ImageVerb {
+    /// Lay a guest's RAM out in a file
+    Create(CreateOptions),
+    /// Say what is in an image
+    Info(InfoOptions),
+    /// Read every byte of an image and check it
+    Verify(VerifyOptions),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CreateOptions {
+    /// Size of the guest's RAM: a multiple of 4K; K, M, G, T are powers of 1024
+    #[arg(long, value_name = "SIZE")]
+    memory: Size,
+    /// Kernel: an ELF file with a PVH entry [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// Kernel command line [default: workload=hello for the built-in guest]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Fill the pages that the layout does not use: pattern:SEED writes a fingerprint that workload=verify checks
+    #[arg(long, value_name = "pattern:SEED")]
+    fill: Option<FillPattern>,
+    /// Replace FILE if it is there
+    #[arg(long)]
+    force: bool,
+    /// The image
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InfoOptions {
+    /// The image
+    image: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyOptions {
+    /// The image
+    image: PathBuf,
+}
+
+/// `pattern:SEED`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FillPattern {
+    seed: u64,
+}
+
+impl FromStr for FillPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let seed = text.strip_prefix("pattern:").and_then(|seed| seed.parse().ok());
+        seed.map(|seed| Self { seed })
+            .ok_or_else(|| "expected pattern:SEED, where SEED is a number".into())
+    }
+}
+
+pub(super) fn run(verb: &ImageVerb) -> Result<(), CommandError> {
+    match verb {
+        ImageVerb::Create(options) => create(options),
+        ImageVerb::Info(options) => info(options),
+        ImageVerb::Verify(options) => verify(&options.image),
+    }
+}
+
+fn create(options: &CreateOptions) -> Result<(), CommandError> {
+    let layout = Layout::build(&LayoutConfig {
+        ram_size: options.memory.0,
+        kernel: options.kernel.clone().map_or(Kernel::BuiltIn, Kernel::File),
+        initramfs: options.initramfs.clone(),
+        command_line: options.cmdline.clone(),
+    })?;
+    // Before minutes are spent on its content; another that comes meanwhile is found when the image gets its name.
+    if !options.force && options.output.symlink_metadata().is_ok() {
+        return Err(umem::image::WriteError::Exists {
+            path: options.output.clone(),
+        }
+        .into());
+    }
+    let mut writer = ImageWriter::create(&options.output, layout.ram().size())?;
+    write_pages(&layout, options.fill, &mut writer)?;
+
+    let kernel = options
+        .kernel
+        .as_ref()
+        .map_or("built-in".into(), |path| path.display().to_string());
+    let fill = options.fill.map(|fill| format!("pattern:{}", fill.seed));
+    let metadata = ImageMetadata::new(&layout, kernel, fill).encode();
+    let metadata = metadata.map_err(|source| CommandError::Metadata {
+        path: options.output.display().to_string(),
+        source,
+    })?;
+    let existing = if options.force {
+        Existing::Replace
+    } else {
+        Existing::Keep
+    };
+    let footer = writer.finish(&metadata, existing)?;
+    println!(
+        "{}: {} RAM, {} of {} pages hold something",
+        options.output.display(),
+        options.memory,
+        footer.data_pages,
+        footer.ram_size / PAGE_SIZE as u64
+    );
+    Ok(())
+}
+
+fn write_pages(
+    layout: &Layout,
+    fill: Option<FillPattern>,
+    writer: &mut ImageWriter,
+) -> Result<(), CommandError> {
+    let mut content = [0; PAGE_SIZE];
+    let Some(FillPattern { seed }) = fill else {
+        for (page, _) in layout.pages() {
+            layout.read_page(page, &mut content);
+            writer.write_page(PageIndex(page), &content)?;
+        }
+        return Ok(());
+    };
+    let progress = progress_bar("filling", layout.ram().size());
+    for range in layout.ram().ranges() {
+        for offset in (range.offset..range.offset + range.size).step_by(PAGE_SIZE) {
+            let page = PageIndex::containing(offset);
+            if layout.is_used(page.0) {
+                layout.read_page(page.0, &mut content);
+            } else {
+                // By where the guest sees it, so that a page at the wrong address is found.
+                let frame = (range.guest.0 + offset - range.offset) / PAGE_SIZE as u64;
+                Fingerprint::new(seed, frame).fill(&mut content);
+            }
+            writer.write_page(page, &content)?;
+            if page.0 % 256 == 0 {
+                progress.set_position(offset);
+            }
+        }
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+fn info(options: &InfoOptions) -> Result<(), CommandError> {
+    let path = options.image.display().to_string();
+    let image = Image::open(&options.image)?;
+    let footer = image.footer();
+    let metadata = ImageMetadata::decode(image.metadata()).map_err(|source| CommandError::Metadata {
+        path: path.clone(),
+        source,
+    })?;
+    let digest: String = footer.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    if options.json {
+        let object = serde_json::json!({
+            "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
+            "digest": digest, "metadata": metadata,
+        });
+        println!("{object:#}");
+        return Ok(());
+    }
+    println!("image         {path}");
+    println!(
+        "RAM           {} ({} pages, {} hold something)",
+        Size(footer.ram_size),
+        image.pages(),
+        footer.data_pages
+    );
+    println!("kernel        {}", metadata.kernel);
+    println!(
+        "entry         {:?} at {:#x}",
+        metadata.entry.protocol, metadata.entry.entry
+    );
+    println!("command line  {}", metadata.command_line);
+    println!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
+    println!("digest        {digest}");
+    Ok(())
+}
+
+fn verify(path: &Path) -> Result<(), CommandError> {
+    let image = Image::open(path)?;
+    let progress = progress_bar("verifying", image.footer().ram_size);
+    let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
+    progress.finish_and_clear();
+    for page in &verified.corrupt {
+        println!("page={page} offset={:#x} wrong", page.byte_offset());
+    }
+    let path = path.display();
+    if verified.corrupt_count > 0 {
+        return Err(CommandError::CorruptImage(format!(
+            "image '{path}' is corrupt: {} of its pages do not match their checksums, the first is page {}",
+            verified.corrupt_count, verified.corrupt[0]
+        )));
+    }
+    if !verified.digest_matches {
+        return Err(CommandError::CorruptImage(format!(
+            "image '{path}' is corrupt: its checksum table does not match its digest"
+        )));
+    }
+    println!(
+        "{path}: {} pages right, {} of them hold something",
+        image.pages(),
+        verified.data_pages
+    );
+    Ok(())
+}
+
+/// A bar over bytes, on a terminal; nothing elsewhere.
+fn progress_bar(what: &'static str, bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg:10} {wide_bar} {bytes:>10}/{total_bytes} {binary_bytes_per_sec:>12} {eta:>4}",
+    );
+    let bar = ProgressBar::new(bytes).with_message(what);
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

@@ -1,0 +1,108 @@
+//! The command line. One file a verb.
+
+mod check;
+mod error;
+mod image;
+mod options;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+pub use error::{CommandError, exit_code};
+
+/// Runs KVM virtual machines whose memory is still somewhere else.
+#[derive(Debug, Parser)]
+#[command(name = "umem", version, max_term_width = 110)]
+struct CommandLine {
+    #[command(subcommand)]
+    verb: Verb,
+    #[command(flatten)]
+    log: LogOptions,
+}
+
+#[derive(Debug, Args)]
+struct LogOptions {
+    /// Say more (twice: much more)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// Write the log to FILE instead of standard error
+    #[arg(long, value_name = "FILE", global = true)]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Boot a VM, its RAM loaded lazily from a page source
+    Run(run::RunOptions),
+    /// Make, describe and check RAM images, without running the guest
+    Image {
+        #[command(subcommand)]
+        verb: image::ImageVerb,
+    },
+    /// Say what this host offers, and how to get what it lacks
+    Check(check::CheckOptions),
+}
+
+/// The program: reads the command line, does what it says, answers with the exit code.
+pub fn main() -> ExitCode {
+    let started = Instant::now();
+    // A thread that panics would leave the others waiting for it for ever.
+    let default_hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default_hook(panic);
+        std::process::exit(exit_code::RUNTIME.into());
+    }));
+    let command_line = match CommandLine::try_parse() {
+        Ok(command_line) => command_line,
+        Err(error) => {
+            // Help and version come this way too, and are no errors.
+            let code = if error.use_stderr() {
+                exit_code::USAGE
+            } else {
+                exit_code::OK
+            };
+            let _ = error.print();
+            return code.into();
+        }
+    };
+    let result = start_log(&command_line.log).and_then(|()| match &command_line.verb {
+        Verb::Run(options) => run::run(options, started),
+        Verb::Image { verb } => image::run(verb),
+        Verb::Check(options) => check::run(options),
+    });
+    match result {
+        Ok(()) => exit_code::OK.into(),
+        Err(error) => {
+            eprintln!("umem: {}", error.chain());
+            error.exit_code().into()
+        }
+    }
+}
+
+fn start_log(options: &LogOptions) -> Result<(), CommandError> {
+    let level = match options.verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(level))
+        .with_target(false);
+    match &options.log_file {
+        None => log.with_writer(std::io::stderr).init(),
+        Some(path) => {
+            let file = std::fs::File::options().create(true).append(true).open(path);
+            let file = file.map_err(|source| CommandError::LogFile {
+                path: path.display().to_string(),
+                source,
+            })?;
+            log.with_ansi(false).with_writer(file).init();
+        }
+    }
+    Ok(())
+}

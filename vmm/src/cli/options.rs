@@ -1,0 +1,252 @@
+//! Options of the form `key=value,key=value`, and sizes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// Why an option's value makes no sense.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum OptionError {
+    /// A key that there is not.
+    #[error("unknown key '{key}', expected {syntax}")]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// What there is.
+        syntax: &'static str,
+    },
+    /// A key without a value.
+    #[error("'{word}' has no value, expected {syntax}")]
+    NoValue {
+        /// What was given.
+        word: String,
+        /// What there is.
+        syntax: &'static str,
+    },
+    /// A key more than once.
+    #[error("key '{0}' is given more than once")]
+    Repeated(&'static str),
+    /// A value that the key does not take.
+    #[error("{key}={value}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// The value.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// What was given for each key of one option.
+#[derive(Debug)]
+pub struct KeyValues {
+    syntax: &'static str,
+    given: Vec<(&'static str, String)>,
+}
+
+impl KeyValues {
+    /// Takes `text` apart. `keys` are those that there are; `syntax` shows them to people.
+    pub fn parse(text: &str, keys: &[&'static str], syntax: &'static str) -> Result<Self, OptionError> {
+        let mut given = Vec::new();
+        for word in text.split(',') {
+            let (name, value) = match word.split_once('=') {
+                Some((name, value)) if !value.is_empty() => (name, value),
+                _ => {
+                    return Err(OptionError::NoValue {
+                        word: word.to_owned(),
+                        syntax,
+                    });
+                }
+            };
+            let Some(key) = keys.iter().find(|key| **key == name) else {
+                return Err(OptionError::UnknownKey {
+                    key: name.to_owned(),
+                    syntax,
+                });
+            };
+            if given.iter().any(|(other, _)| other == key) {
+                return Err(OptionError::Repeated(key));
+            }
+            given.push((*key, value.to_owned()));
+        }
+        Ok(Self { syntax, given })
+    }
+
+    /// The value of `key`, read as a `T`; `None` if it was not given.
+    pub fn get<T: FromStr<Err: fmt::Display>>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
+        let Some((_, value)) = self.given.iter().find(|(given, _)| *given == key) else {
+            return Ok(None);
+        };
+        let wrong = |reason: T::Err| OptionError::Value {
+            key,
+            value: value.clone(),
+            reason: reason.to_string(),
+        };
+        value.parse().map(Some).map_err(wrong)
+    }
+
+    /// The value of `key`, which is one of the words of `choices`.
+    pub fn choose<T: Copy>(
+        &self,
+        key: &'static str,
+        choices: &[(&str, T)],
+    ) -> Result<Option<T>, OptionError> {
+        let Some(value) = self.get::<String>(key)? else {
+            return Ok(None);
+        };
+        if let Some((_, choice)) = choices.iter().find(|(word, _)| *word == value) {
+            return Ok(Some(*choice));
+        }
+        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+        Err(OptionError::Value {
+            key,
+            value,
+            reason: format!("expected {}", words.join(" or ")),
+        })
+    }
+
+    /// What the option takes, for people.
+    pub fn syntax(&self) -> &'static str {
+        self.syntax
+    }
+}
+
+/// On or off.
+pub const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
+
+/// A number of bytes: digits, and K, M, G or T for powers of 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+/// Why a word is no size.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum SizeError {
+    /// Not a number.
+    #[error("'{0}' is not a size (a number, with K, M, G or T for powers of 1024)")]
+    NotASize(String),
+    /// More than 2^64 bytes.
+    #[error("'{0}' is beyond the address space of any machine")]
+    TooLarge(String),
+}
+
+impl FromStr for Size {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        let not_a_size = || SizeError::NotASize(text.to_owned());
+        let (digits, shift) = match text.bytes().last() {
+            Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+            Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+            Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+            Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+            _ => (text, 0),
+        };
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(not_a_size());
+        }
+        let too_large = || SizeError::TooLarge(text.to_owned());
+        let number: u64 = digits.parse().map_err(|_| too_large())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(too_large)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
+            if self.0 > 0 && self.0.is_multiple_of(1 << shift) {
+                return write!(f, "{}{unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Where RAM comes from, as a source URL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceUrl {
+    /// `zero:`
+    Zero,
+    /// `file:PATH`
+    File(std::path::PathBuf),
+}
+
+impl FromStr for SourceUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("zero", "")) => Ok(Self::Zero),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err("expected zero: or file:PATH".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SYNTAX: &str = "a=…,b=on|off";
+
+    fn parse(text: &str) -> Result<KeyValues, OptionError> {
+        KeyValues::parse(text, &["a", "b"], SYNTAX)
+    }
+
+    #[test]
+    fn keys_are_taken_apart() {
+        let options = parse("b=on,a=x=y").unwrap();
+        assert_eq!(options.get::<String>("a").unwrap().as_deref(), Some("x=y"));
+        assert_eq!(options.choose("b", &SWITCH).unwrap(), Some(true));
+        assert_eq!(parse("a=1").unwrap().choose("b", &SWITCH).unwrap(), None);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_said() {
+        assert!(matches!(parse("c=1"), Err(OptionError::UnknownKey { key, .. }) if key == "c"));
+        assert!(matches!(parse("a"), Err(OptionError::NoValue { word, .. }) if word == "a"));
+        assert!(matches!(parse("a="), Err(OptionError::NoValue { .. })));
+        assert!(matches!(parse(""), Err(OptionError::NoValue { .. })));
+        assert_eq!(parse("a=1,a=2").unwrap_err(), OptionError::Repeated("a"));
+        let error = parse("b=yes").unwrap().choose("b", &SWITCH).unwrap_err();
+        assert_eq!(error.to_string(), "b=yes: expected on or off");
+        let error = parse("a=x").unwrap().get::<u32>("a").unwrap_err();
+        assert!(error.to_string().starts_with("a=x: "), "{error}");
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, size) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("1K", 1 << 10),
+            ("2m", 2 << 20),
+            ("3G", 3 << 30),
+            ("1T", 1 << 40),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(size)), "{text}");
+        }
+        for text in ["", "M", "-1", "+1", "1.5G", "0x10", "1KB", "G1", "é"] {
+            assert_eq!(text.parse::<Size>(), Err(SizeError::NotASize(text.to_owned())));
+        }
+        for text in ["18446744073709551616", "16777216T", "99999999999999999999G"] {
+            assert_eq!(text.parse::<Size>(), Err(SizeError::TooLarge(text.to_owned())));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_printed_size_reads_as_itself(size: u64) {
+            prop_assert_eq!(Size(size).to_string().parse(), Ok(Size(size)));
+        }
+
+        #[test]
+        fn no_text_is_a_panic(text in ".*") {
+            let _ = text.parse::<Size>();
+            let _ = text.parse::<SourceUrl>();
+            let _ = parse(&text);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! `umem run`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::Args;
+use umem::image::Image;
+use umem::pager::Fill;
+use umem::region::{Backing, PageSize};
+use umem::source::PageSource;
+use umem::source::file::{Checksums, FileSource};
+use umem::source::zero::ZeroSource;
+
+use super::error::{CommandError, exit_code};
+use super::options::{KeyValues, OptionError, SWITCH, Size, SourceUrl};
+use crate::address_map::RamMap;
+use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
+use crate::ending::Ending;
+use crate::machine::{self, Firmware, MachineConfig, Outcome};
+use crate::report::{Report, milliseconds};
+
+/// RAM where neither an image nor the command line says how much.
+const DEFAULT_SIZE: Size = Size(256 << 20);
+
+const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE,backing=memfd|anonymous,hugepages=on|off,fill=off|sequential,\
+                             checksums=on|off";
+const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
+
+/// What `umem run` takes.
+#[derive(Debug, Args)]
+pub(super) struct RunOptions {
+    /// Kernel: an ELF file with a PVH entry. Without it, what is in the image, else the built-in guest
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel
+    #[arg(long, value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// Kernel command line; with an image, in place of the one in it
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Firmware ROM that the VM starts in; 'none' enters the kernel directly [default: the built-in ROM]
+    #[arg(long, value_name = "FILE|none")]
+    firmware: Option<PathBuf>,
+    #[arg(long, value_name = "KEY=VALUE,…", help = format!("vCPUs: {CPUS_SYNTAX}"))]
+    cpus: Option<String>,
+    #[arg(long, value_name = "KEY=VALUE,…", help = format!("RAM and where it comes from: {MEMORY_SYNTAX}"))]
+    memory: Option<String>,
+    /// Write a report of the run to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandError> {
+    let mut report = Report::default();
+    let result = configure(options)
+        .and_then(|config| machine::run(&config, started, &mut report).map_err(CommandError::from))
+        .and_then(|outcome| judge(outcome, &mut report));
+    if report.outcome.is_empty() {
+        report.outcome = "error";
+    }
+    report.error = result.as_ref().err().map(CommandError::chain);
+    report.total_ms = milliseconds(started.elapsed());
+    let written = options.report.as_ref().map_or(Ok(()), |path| report.write(path));
+    match (result, written) {
+        (Ok(()), written) => Ok(written?),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(report_error)) => {
+            // The first error is the one to end with; the second must not go unsaid.
+            eprintln!("umem: {}", CommandError::from(report_error).chain());
+            Err(error)
+        }
+    }
+}
+
+/// What the ending means: the outcome's name in the report, and success or failure.
+fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
+    let guest = |what, code| Err(CommandError::Guest { what, code });
+    match outcome {
+        Outcome::PagerFailed(error) => {
+            let error = CommandError::from(error);
+            report.outcome = if error.exit_code() == exit_code::SOURCE_LOST {
+                "source-lost"
+            } else {
+                "error"
+            };
+            Err(error)
+        }
+        Outcome::Ended(ending) => {
+            report.outcome = match &ending {
+                Ending::GuestExit(_) => "guest-exit",
+                Ending::PowerOff => "poweroff",
+                Ending::Reset => "reset",
+                Ending::TripleFault => "triple-fault",
+                Ending::Panic => "panic",
+                Ending::Stopped => "stopped",
+                Ending::Error(_) => "error",
+            };
+            match ending {
+                Ending::GuestExit(code) => {
+                    report.guest_exit = Some(code);
+                    match u8::try_from(code).unwrap_or(u8::MAX) {
+                        0 => Ok(()),
+                        code => guest(
+                            "the guest ended with a code that says it failed",
+                            code.saturating_add(exit_code::GUEST),
+                        ),
+                    }
+                }
+                Ending::PowerOff | Ending::Stopped => Ok(()),
+                Ending::Reset => guest("the guest asked for a reset", exit_code::GUEST_RESET),
+                Ending::TripleFault => guest("the guest crashed: triple fault", exit_code::GUEST_RESET),
+                Ending::Panic => guest("the guest reported that it crashed", exit_code::GUEST_RESET),
+                Ending::Error(error) => Err(error.into()),
+            }
+        }
+    }
+}
+
+fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
+    let memory = MemoryOptions::parse(options.memory.as_deref())?;
+    let (cpus, async_pf) = parse_cpus(options.cpus.as_deref())?;
+    let firmware = match &options.firmware {
+        None => Firmware::BuiltIn,
+        Some(path) if path.as_os_str() == "none" => Firmware::None,
+        Some(path) => Firmware::File(path.clone()),
+    };
+    let guest = match &memory.source {
+        SourceUrl::Zero => Guest::from_kernel(options, &memory)?,
+        SourceUrl::File(path) => Guest::from_image(options, &memory, path)?,
+    };
+    Ok(MachineConfig {
+        source: guest.source,
+        ram: guest.ram,
+        entry: guest.entry,
+        backing: memory.backing,
+        page_size: memory.page_size,
+        fill: memory.fill,
+        firmware,
+        cpus,
+        async_pf,
+    })
+}
+
+/// What is in RAM, and how it is entered.
+struct Guest {
+    source: Arc<dyn PageSource>,
+    ram: RamMap,
+    entry: firmware::boot_info::BootInfo,
+}
+
+impl Guest {
+    /// A kernel without an image is a layout over zero pages.
+    fn from_kernel(options: &RunOptions, memory: &MemoryOptions) -> Result<Self, CommandError> {
+        let layout = Layout::build(&LayoutConfig {
+            ram_size: memory.size.unwrap_or(DEFAULT_SIZE).0,
+            kernel: options.kernel.clone().map_or(Kernel::BuiltIn, Kernel::File),
+            initramfs: options.initramfs.clone(),
+            command_line: options.cmdline.clone(),
+        })?;
+        let (ram, entry) = (layout.ram(), layout.boot_info());
+        Ok(Self {
+            source: Arc::new(LayoutSource::new(layout, Arc::new(ZeroSource))),
+            ram,
+            entry,
+        })
+    }
+
+    /// An image has everything in it; another command line is laid over it.
+    fn from_image(
+        options: &RunOptions,
+        memory: &MemoryOptions,
+        path: &std::path::Path,
+    ) -> Result<Self, CommandError> {
+        for (given, option) in [(&options.kernel, "--kernel"), (&options.initramfs, "--initramfs")] {
+            if given.is_some() {
+                return Err(CommandError::Usage(format!(
+                    "{option} and --memory source=file:… exclude each other: the image has its kernel in it (see 'umem image create')"
+                )));
+            }
+        }
+        let image = Image::open(path)?;
+        let size = image.footer().ram_size;
+        if let Some(asked) = memory.size
+            && asked.0 != size
+        {
+            return Err(CommandError::Usage(format!(
+                "--memory size={asked} is not the size of image '{}', which is {}: leave size away",
+                path.display(),
+                Size(size)
+            )));
+        }
+        let metadata = ImageMetadata::decode(image.metadata()).map_err(|source| CommandError::Metadata {
+            path: path.display().to_string(),
+            source,
+        })?;
+        let entry = metadata.entry.into();
+        let ram = RamMap::new(size).map_err(LayoutError::RamSize)?;
+        let image: Arc<dyn PageSource> = Arc::new(FileSource::new(image, memory.checksums));
+        let source = match &options.cmdline {
+            None => image,
+            Some(command_line) => {
+                let layout = Layout::with_command_line(size, entry, metadata.initramfs, command_line)?;
+                Arc::new(LayoutSource::new(layout, image))
+            }
+        };
+        Ok(Self { source, ram, entry })
+    }
+}
+
+/// `--memory`.
+struct MemoryOptions {
+    size: Option<Size>,
+    source: SourceUrl,
+    backing: Backing,
+    page_size: PageSize,
+    fill: Fill,
+    checksums: Checksums,
+}
+
+impl MemoryOptions {
+    fn parse(text: Option<&str>) -> Result<Self, CommandError> {
+        Self::parse_keys(text).map_err(|source| CommandError::Option {
+            option: "--memory",
+            source,
+        })
+    }
+
+    fn parse_keys(text: Option<&str>) -> Result<Self, OptionError> {
+        let mut options = Self {
+            size: None,
+            source: SourceUrl::Zero,
+            backing: Backing::Memfd,
+            page_size: PageSize::Small,
+            fill: Fill::Off,
+            checksums: Checksums::On,
+        };
+        let Some(text) = text else { return Ok(options) };
+        let keys = ["size", "source", "backing", "hugepages", "fill", "checksums"];
+        let given = KeyValues::parse(text, &keys, MEMORY_SYNTAX)?;
+        options.size = given.get("size")?;
+        options.source = given.get("source")?.unwrap_or(options.source);
+        let backings = [("memfd", Backing::Memfd), ("anonymous", Backing::Anonymous)];
+        options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
+        let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);
+        options.page_size = if huge { PageSize::Huge } else { PageSize::Small };
+        let fills = [("off", Fill::Off), ("sequential", Fill::Sequential)];
+        options.fill = given.choose("fill", &fills)?.unwrap_or(options.fill);
+        let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
+        options.checksums = if check { Checksums::On } else { Checksums::Off };
+        Ok(options)
+    }
+}
+
+/// `--cpus`: how many, and whether they get async page faults.
+fn parse_cpus(text: Option<&str>) -> Result<(u32, bool), CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: "--cpus",
+        source,
+    };
+    let Some(text) = text else { return Ok((1, true)) };
+    let given = KeyValues::parse(text, &["boot", "async_pf"], CPUS_SYNTAX).map_err(wrong)?;
+    let count = given.get("boot").map_err(wrong)?.unwrap_or(1);
+    if count == 0 {
+        let reason = "a VM needs at least one vCPU".into();
+        return Err(wrong(OptionError::Value {
+            key: "boot",
+            value: "0".into(),
+            reason,
+        }));
+    }
+    let async_pf = given.choose("async_pf", &SWITCH).map_err(wrong)?.unwrap_or(true);
+    Ok((count, async_pf))
+}

@@ -1,0 +1,341 @@
+//! The parts put together: a VM whose RAM is a region filled from a page source, run until it ends.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use firmware::boot_info::BootInfo;
+use thiserror::Error;
+use umem::pager::{Fill, Notice, Pager, PagerError, StartError};
+use umem::region::{Backing, PageSize, Region, RegionError};
+use umem::source::PageSource;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::address_map::{PAGE_SIZE, RamMap};
+use crate::boot::{ReadOnlyPages, RomError};
+use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
+use crate::ending::Ending;
+use crate::kvm::{
+    CpuModel, CpuModelError, Exit, Host, HostError, Vcpu, VcpuKick, VcpuSetupError, Vm, VmError,
+};
+use crate::memory::GuestMemory;
+use crate::report::{Process, Report, milliseconds};
+
+/// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
+/// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
+const VCPU_GRACE: Duration = Duration::from_secs(1);
+
+/// What the first instruction is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Firmware {
+    /// The reset vector of the ROM that comes with this program.
+    BuiltIn,
+    /// The reset vector of another ROM.
+    File(PathBuf),
+    /// The kernel's entry.
+    None,
+}
+
+/// A VM to be run.
+#[derive(Clone)]
+pub struct MachineConfig {
+    /// Where its RAM comes from.
+    pub source: Arc<dyn PageSource>,
+    /// Where its RAM is.
+    pub ram: RamMap,
+    /// How its kernel is entered.
+    pub entry: BootInfo,
+    /// What is behind its RAM.
+    pub backing: Backing,
+    /// In which pages its RAM is installed.
+    pub page_size: PageSize,
+    /// What loads RAM that nobody touches.
+    pub fill: Fill,
+    /// How it starts.
+    pub firmware: Firmware,
+    /// How many vCPUs it has.
+    pub cpus: u32,
+    /// Whether KVM offers async page faults to it.
+    pub async_pf: bool,
+}
+
+/// Why a VM could not be run, or not to its end.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// This host cannot run VMs.
+    #[error("this host cannot run VMs")]
+    Host(#[from] HostError),
+    /// KVM does not make the VM.
+    #[error("cannot set up the VM")]
+    Vm(#[from] VmError),
+    /// KVM does not make a vCPU.
+    #[error("cannot set up the vCPUs")]
+    Vcpu(#[from] VcpuSetupError),
+    /// KVM has no CPU model to offer.
+    #[error("cannot set up the vCPUs")]
+    CpuModel(#[from] CpuModelError),
+    /// More vCPUs than KVM makes.
+    #[error("--cpus boot={asked} is more than this host's KVM allows, which is {most}")]
+    TooManyCpus {
+        /// How many were asked for.
+        asked: u32,
+        /// How many there may be.
+        most: usize,
+    },
+    /// RAM ends where no physical address reaches.
+    #[error(
+        "RAM of {size} bytes does not fit into the {bits} bits of a physical address on this host: choose a smaller --memory size"
+    )]
+    RamTooLarge {
+        /// Bytes of RAM.
+        size: u64,
+        /// Bits of a physical address.
+        bits: u32,
+    },
+    /// No memory for RAM.
+    #[error("cannot make guest memory")]
+    Region(#[from] RegionError),
+    /// RAM cannot be served.
+    #[error("cannot serve guest memory")]
+    Pager(#[from] StartError),
+    /// No ROM.
+    #[error("cannot load the firmware")]
+    Rom(#[from] RomError),
+    /// No console.
+    #[error("cannot set up the console")]
+    Console(#[from] ConsoleError),
+    /// No event loop.
+    #[error("cannot set up the event loop")]
+    EventLoop(#[from] EventLoopError),
+    /// No event descriptor or no thread.
+    #[error("cannot set up the VM")]
+    Os(#[source] std::io::Error),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// By the guest, or by a request from outside.
+    Ended(Ending),
+    /// Because a page could not be had.
+    PagerFailed(Arc<PagerError>),
+}
+
+/// What vCPU threads and the thread that waits for them share.
+struct Running {
+    stop: AtomicBool,
+    first_instruction: OnceLock<Instant>,
+    stopper: Stopper,
+}
+
+/// Runs a VM until it ends; fills in `report` but for the outcome. `started` is when the process began.
+pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Result<Outcome, MachineError> {
+    // Before any thread is started: it blocks signals.
+    let mut event_loop = EventLoop::new()?;
+    let mut clock = SetupClock::new(started);
+
+    let host = Host::open()?;
+    let vm = Vm::new(&host)?;
+    check_limits(config, &host, &vm)?;
+    clock.lap("vm");
+
+    let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
+    let failure = Arc::new(OnceLock::new());
+    let all_pages = Arc::new(OnceLock::new());
+    let pager = {
+        let (failure, all_pages, stopper) =
+            (Arc::clone(&failure), Arc::clone(&all_pages), event_loop.stopper());
+        Pager::start(
+            Arc::clone(&region),
+            Arc::clone(&config.source),
+            config.fill,
+            move |notice| match notice {
+                Notice::AllPagesPresent => {
+                    let _ = all_pages.set(Instant::now());
+                }
+                Notice::Failed(error) => {
+                    // Told once. The ending does not count where there is a failure.
+                    let _ = failure.set(error);
+                    stopper.end(Ending::Stopped);
+                }
+            },
+        )?
+    };
+    clock.lap("memory");
+
+    let mut read_only = Vec::new();
+    match &config.firmware {
+        Firmware::BuiltIn => read_only.push(ReadOnlyPages::builtin_rom()?),
+        Firmware::File(path) => read_only.push(ReadOnlyPages::rom_from_file(path)?),
+        Firmware::None => {}
+    }
+    if !read_only.is_empty() {
+        read_only.push(ReadOnlyPages::boot_info(&config.entry)?);
+    }
+    let memory = GuestMemory::new(region, config.ram, read_only);
+    // SAFETY: `memory` is dropped after the VM and its vCPUs, or never (at the end of this function).
+    unsafe { memory.map_into(&vm) }?;
+    clock.lap("slots");
+
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
+    vm.irqfd(&interrupt, SERIAL_IRQ)?;
+    let console = Console::on_standard_streams(interrupt)?;
+    let bus = Arc::new(DeviceBus::new(console.serial()));
+    event_loop.add(Box::new(console));
+    clock.lap("devices");
+
+    let model = CpuModel::new(&host, config.cpus, config.async_pf)?;
+    // All before the first runs: an INIT for one that does not exist yet would be lost.
+    let mut vcpus = (0..config.cpus)
+        .map(|index| Vcpu::new(&vm, index, &model))
+        .collect::<Result<Vec<_>, _>>()?;
+    if config.firmware == Firmware::None {
+        vcpus[0].enter_directly(&config.entry)?;
+    }
+    let running = Arc::new(Running {
+        stop: AtomicBool::new(false),
+        first_instruction: OnceLock::new(),
+        stopper: event_loop.stopper(),
+    });
+    let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
+    clock.lap("vcpus");
+    // Every vCPU thread holds a sender, and drops it when its vCPU is closed.
+    let (alive, all_ended) = mpsc::channel::<()>();
+    let mut not_started = None;
+    for mut vcpu in vcpus {
+        let (running, bus, alive) = (Arc::clone(&running), Arc::clone(&bus), alive.clone());
+        let thread = thread::Builder::new()
+            .name(format!("vcpu-{}", vcpu.index()))
+            .spawn(move || {
+                run_vcpu(&mut vcpu, &bus, &running);
+                drop(vcpu);
+                drop(alive);
+            });
+        if let Err(error) = thread {
+            not_started = Some(error);
+            event_loop.stopper().end(Ending::Stopped);
+            break;
+        }
+    }
+    drop(alive);
+
+    let ending = event_loop.run();
+    running.stop.store(true, SeqCst);
+    kicks.iter().for_each(VcpuKick::kick);
+    drop(kicks);
+    let all_stopped = all_ended.recv_timeout(VCPU_GRACE) == Err(RecvTimeoutError::Disconnected);
+
+    let since_start = |at: &Instant| milliseconds(at.duration_since(started));
+    report.time_to_first_instruction_ms = running.first_instruction.get().map(since_start);
+    report.time_to_all_pages_ms = all_pages.get().map(since_start);
+    report.setup_ms = clock.laps;
+    report.set_pager(&pager);
+    let resident = pager.region().populated().unwrap_or(0);
+    report.process = own_memory(config.backing, resident, pager.table_size());
+    // Gives the terminal back.
+    drop(event_loop);
+
+    if !all_stopped {
+        // A vCPU waits for a page and still may run. Whatever it could see goes away with the process, and not before: a
+        // userfaultfd that is closed under it would give it zero pages.
+        std::mem::forget((pager, memory, vm));
+    }
+    if let Some(error) = not_started {
+        return Err(MachineError::Os(error));
+    }
+    match failure.get() {
+        Some(error) => Ok(Outcome::PagerFailed(Arc::clone(error))),
+        None => Ok(Outcome::Ended(ending?)),
+    }
+}
+
+fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), MachineError> {
+    if config.cpus as usize > vm.max_vcpus() {
+        return Err(MachineError::TooManyCpus {
+            asked: config.cpus,
+            most: vm.max_vcpus(),
+        });
+    }
+    let (size, bits) = (config.ram.size(), host.physical_address_bits());
+    let end = config
+        .ram
+        .ranges()
+        .map(|range| range.guest.0 + range.size)
+        .max()
+        .unwrap_or(0);
+    if bits < u64::BITS && end > 1 << bits {
+        return Err(MachineError::RamTooLarge { size, bits });
+    }
+    Ok(())
+}
+
+/// Runs a vCPU until the VM ends.
+fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
+    let kick = vcpu.kick_handle();
+    let _attached = match kick.attach() {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::error!(%error, "a vCPU cannot be interrupted");
+            return running.stopper.end(Ending::Stopped);
+        }
+    };
+    if vcpu.index() == 0 {
+        let _ = running.first_instruction.set(Instant::now());
+    }
+    while !running.stop.load(SeqCst) {
+        if let Exit::Ended(ending) = vcpu.run(bus) {
+            return running.stopper.end(ending);
+        }
+    }
+}
+
+/// Resident memory of this process that is not the guest's.
+fn own_memory(backing: Backing, resident: u64, page_state_table: u64) -> Option<Process> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = |key: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim_start_matches(':')
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .ok()
+    };
+    // Shared memory is the guest's memfd and nothing else.
+    let own = kib("RssAnon")? + kib("RssFile")?;
+    let guest = if backing == Backing::Anonymous {
+        resident * PAGE_SIZE / 1024
+    } else {
+        0
+    };
+    Some(Process {
+        own_memory_kib: own.saturating_sub(guest),
+        page_state_table_kib: page_state_table.div_ceil(1024),
+    })
+}
+
+/// Where the time before the first instruction goes.
+struct SetupClock {
+    last: Instant,
+    laps: BTreeMap<&'static str, f64>,
+}
+
+impl SetupClock {
+    fn new(started: Instant) -> Self {
+        let mut clock = Self {
+            last: started,
+            laps: BTreeMap::new(),
+        };
+        clock.lap("configuration");
+        clock
+    }
+
+    fn lap(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.laps.insert(name, milliseconds(now - self.last));
+        self.last = now;
+    }
+}

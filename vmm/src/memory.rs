@@ -1,0 +1,53 @@
+//! Guest memory: a umem region, seen by the guest at its guest-physical addresses.
+
+use std::sync::Arc;
+
+use umem::region::Region;
+use vm_memory::GuestAddress;
+
+use crate::address_map::RamMap;
+use crate::boot::ReadOnlyPages;
+use crate::kvm::{Vm, VmError};
+
+/// Everything that the guest sees as memory, kept for as long as the guest may look at it.
+#[derive(Debug)]
+pub struct GuestMemory {
+    ram: Arc<Region>,
+    map: RamMap,
+    read_only: Vec<ReadOnlyPages>,
+}
+
+impl GuestMemory {
+    /// RAM as `map` says, backed by `ram` (whose size is that of `map`), and pages outside RAM that are only read.
+    pub fn new(ram: Arc<Region>, map: RamMap, read_only: Vec<ReadOnlyPages>) -> Self {
+        debug_assert_eq!(ram.size(), map.size());
+        Self { ram, map, read_only }
+    }
+
+    /// Shows it to the guest of `vm`.
+    ///
+    /// # Safety
+    ///
+    /// `self` must outlive the VM and its vCPUs.
+    pub unsafe fn map_into(&self, vm: &Vm) -> Result<(), VmError> {
+        let ram = self.map.ranges().map(|range| {
+            // Within the region, since the map is as large as it is.
+            (
+                range.guest,
+                self.ram.start().wrapping_add(range.offset as usize),
+                range.size,
+                false,
+            )
+        });
+        let read_only = self
+            .read_only
+            .iter()
+            .map(|pages| (pages.guest_address(), pages.host_address(), pages.size(), true));
+        for (slot, (guest, host, size, read_only)) in (0..).zip(ram.chain(read_only)) {
+            let guest: GuestAddress = guest;
+            // SAFETY: the memory is mapped for as long as `self`, which the caller keeps.
+            unsafe { vm.map(slot, guest, host, size, read_only) }?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,184 @@
+//! What a run leaves behind for people and programs: one JSON object, whose keys are documented in `docs/report.md`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use thiserror::Error;
+use umem::pager::{FaultClass, Pager};
+use umem::publish::{Existing, UnnamedFile};
+use umem::stats::Summary;
+
+/// The report of one VM's run.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// How it ended, in one word.
+    pub outcome: &'static str,
+    /// What the guest wrote to the exit port.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_exit: Option<u32>,
+    /// What went wrong, as it was printed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// From the start of the process to the first `KVM_RUN` of the boot vCPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_to_first_instruction_ms: Option<f64>,
+    /// From the start of the process to the moment at which no page was missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_to_all_pages_ms: Option<f64>,
+    /// From the start of the process to this report.
+    pub total_ms: f64,
+    /// Where the time before the first instruction went.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub setup_ms: BTreeMap<&'static str, f64>,
+    /// Pages of 4 KiB, by how they arrived.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pages: Option<Pages>,
+    /// How long a demand fault took, all classes together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub demand_fault_us: Option<Latency>,
+    /// The same by class, where there were any.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub fault_classes_us: BTreeMap<&'static str, Latency>,
+    /// The page source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// This process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
+}
+
+/// Pages of 4 KiB.
+#[derive(Debug, Serialize)]
+pub struct Pages {
+    /// RAM.
+    pub total: u64,
+    /// Held in memory by the kernel when the vCPUs started.
+    pub populated_at_start: u64,
+    /// Arrived because somebody waited.
+    pub demand: u64,
+    /// Arrived by background fill.
+    pub prefetched: u64,
+    /// Pushed by the source.
+    pub pushed: u64,
+    /// All zero.
+    pub zero: u64,
+    /// Given back and not used again.
+    pub removed: u64,
+    /// Arrived though they were there.
+    pub duplicate: u64,
+    /// Held in memory by the kernel at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resident: Option<u64>,
+}
+
+/// A latency distribution in microseconds.
+#[derive(Debug, Serialize)]
+pub struct Latency {
+    count: u64,
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    p999: f64,
+    max: f64,
+}
+
+impl From<Summary> for Latency {
+    fn from(summary: Summary) -> Self {
+        let us = |nanos: u64| (nanos as f64 / 10.0).round() / 100.0;
+        Self {
+            count: summary.count,
+            p50: us(summary.p50),
+            p90: us(summary.p90),
+            p99: us(summary.p99),
+            p999: us(summary.p999),
+            max: us(summary.max),
+        }
+    }
+}
+
+/// The page source.
+#[derive(Debug, Serialize)]
+pub struct Source {
+    /// Where it is.
+    pub url: String,
+    /// Bytes of page content that came from it.
+    pub bytes: u64,
+    /// Requests that it answered.
+    pub requests: u64,
+    /// Times that the connection to it was made anew.
+    pub reconnects: u64,
+}
+
+/// Memory of this process.
+#[derive(Debug, Serialize)]
+pub struct Process {
+    /// Resident memory that is not the guest's, the page-state table included.
+    pub own_memory_kib: u64,
+    /// The most that the page-state table can take.
+    pub page_state_table_kib: u64,
+}
+
+impl Report {
+    /// Takes over what `pager` counted.
+    pub fn set_pager(&mut self, pager: &Pager) {
+        let stats = pager.stats();
+        self.pages = Some(Pages {
+            total: pager.region().pages(),
+            populated_at_start: stats.populated_at_start,
+            demand: stats.demand,
+            prefetched: stats.prefetched,
+            pushed: 0,
+            zero: stats.zero,
+            removed: stats.states.removed,
+            duplicate: stats.duplicate,
+            resident: pager.region().populated().ok(),
+        });
+        self.demand_fault_us = Some(stats.faults.into());
+        self.fault_classes_us = FaultClass::ALL
+            .into_iter()
+            .zip(stats.fault_classes)
+            .filter(|(_, summary)| summary.count > 0)
+            .map(|(class, summary)| (class.name(), summary.into()))
+            .collect();
+        let source = stats.source;
+        let url = pager.source().url();
+        self.source = Some(Source {
+            url,
+            bytes: source.bytes,
+            requests: source.requests,
+            reconnects: 0,
+        });
+    }
+
+    /// Writes it to `path`, whole or not at all; a pipe or a device is written to as it is.
+    pub fn write(&self, path: &Path) -> Result<(), ReportError> {
+        let fail = |source: io::Error| ReportError {
+            path: path.to_path_buf(),
+            source,
+        };
+        let mut text = serde_json::to_string_pretty(self).map_err(|error| fail(error.into()))?;
+        text.push('\n');
+        if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            return std::fs::write(path, text).map_err(fail);
+        }
+        let unnamed = UnnamedFile::create(path).map_err(fail)?;
+        io::Write::write_all(&mut unnamed.file(), text.as_bytes()).map_err(fail)?;
+        unnamed.publish(Existing::Replace).map_err(fail)
+    }
+}
+
+/// Why there is no report.
+#[derive(Debug, Error)]
+#[error("cannot write report '{}'", path.display())]
+pub struct ReportError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Milliseconds, to the microsecond.
+pub fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
