@@ -144,39 +144,11 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     clock.lap("vm");
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
-    let failure = Arc::new(OnceLock::new());
-    let all_pages = Arc::new(OnceLock::new());
-    let pager = {
-        let (failure, all_pages, stopper) =
-            (Arc::clone(&failure), Arc::clone(&all_pages), event_loop.stopper());
-        Pager::start(
-            Arc::clone(&region),
-            Arc::clone(&config.source),
-            config.fill,
-            move |notice| match notice {
-                Notice::AllPagesPresent => {
-                    let _ = all_pages.set(Instant::now());
-                }
-                Notice::Failed(error) => {
-                    // Told once. The ending does not count where there is a failure.
-                    let _ = failure.set(error);
-                    stopper.end(Ending::Stopped);
-                }
-            },
-        )?
-    };
+    let noticed = Arc::new(Noticed::default());
+    let pager = start_pager(config, &region, &noticed, event_loop.stopper())?;
     clock.lap("memory");
 
-    let mut read_only = Vec::new();
-    match &config.firmware {
-        Firmware::BuiltIn => read_only.push(ReadOnlyPages::builtin_rom()?),
-        Firmware::File(path) => read_only.push(ReadOnlyPages::rom_from_file(path)?),
-        Firmware::None => {}
-    }
-    if !read_only.is_empty() {
-        read_only.push(ReadOnlyPages::boot_info(&config.entry)?);
-    }
-    let memory = GuestMemory::new(region, config.ram, read_only);
+    let memory = GuestMemory::new(region, config.ram, read_only_pages(config)?);
     // SAFETY: `memory` is dropped after the VM and its vCPUs, or never (at the end of this function).
     unsafe { memory.map_into(&vm) }?;
     clock.lap("slots");
@@ -203,25 +175,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     });
     let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
     clock.lap("vcpus");
-    // Every vCPU thread holds a sender, and drops it when its vCPU is closed.
-    let (alive, all_ended) = mpsc::channel::<()>();
-    let mut not_started = None;
-    for mut vcpu in vcpus {
-        let (running, bus, alive) = (Arc::clone(&running), Arc::clone(&bus), alive.clone());
-        let thread = thread::Builder::new()
-            .name(format!("vcpu-{}", vcpu.index()))
-            .spawn(move || {
-                run_vcpu(&mut vcpu, &bus, &running);
-                drop(vcpu);
-                drop(alive);
-            });
-        if let Err(error) = thread {
-            not_started = Some(error);
-            event_loop.stopper().end(Ending::Stopped);
-            break;
-        }
-    }
-    drop(alive);
+    let (all_ended, not_started) = start_vcpus(vcpus, &bus, &running);
 
     let ending = event_loop.run();
     running.stop.store(true, SeqCst);
@@ -231,11 +185,11 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
 
     let since_start = |at: &Instant| milliseconds(at.duration_since(started));
     report.time_to_first_instruction_ms = running.first_instruction.get().map(since_start);
-    report.time_to_all_pages_ms = all_pages.get().map(since_start);
+    report.time_to_all_pages_ms = noticed.all_pages.get().map(since_start);
     report.setup_ms = clock.laps;
     report.set_pager(&pager);
     let resident = pager.region().populated().unwrap_or(0);
-    report.process = own_memory(config.backing, resident, pager.table_size());
+    report.process = own_memory(config, resident, pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
 
@@ -247,10 +201,79 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    match failure.get() {
+    match noticed.failure.get() {
         Some(error) => Ok(Outcome::PagerFailed(Arc::clone(error))),
         None => Ok(Outcome::Ended(ending?)),
     }
+}
+
+/// What the pager said.
+#[derive(Default)]
+struct Noticed {
+    all_pages: OnceLock<Instant>,
+    failure: OnceLock<Arc<PagerError>>,
+}
+
+fn start_pager(
+    config: &MachineConfig,
+    region: &Arc<Region>,
+    noticed: &Arc<Noticed>,
+    stopper: Stopper,
+) -> Result<Pager, StartError> {
+    let noticed = Arc::clone(noticed);
+    let observer = move |notice| match notice {
+        Notice::AllPagesPresent => {
+            // Told once.
+            let _ = noticed.all_pages.set(Instant::now());
+        }
+        Notice::Failed(error) => {
+            // Told once, and before the end: where there is a failure, the ending does not count.
+            let _ = noticed.failure.set(error);
+            stopper.end(Ending::Stopped);
+        }
+    };
+    Pager::start(
+        Arc::clone(region),
+        Arc::clone(&config.source),
+        config.fill,
+        observer,
+    )
+}
+
+/// The ROM and the page that tells it where to go, if the VM starts in a ROM.
+fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomError> {
+    let rom = match &config.firmware {
+        Firmware::BuiltIn => ReadOnlyPages::builtin_rom()?,
+        Firmware::File(path) => ReadOnlyPages::rom_from_file(path)?,
+        Firmware::None => return Ok(Vec::new()),
+    };
+    Ok(vec![rom, ReadOnlyPages::boot_info(&config.entry)?])
+}
+
+/// Starts a thread for each vCPU. The receiver is disconnected when the last one has ended and its vCPU is closed; if not all
+/// could be started, the VM is told to stop.
+fn start_vcpus(
+    vcpus: Vec<Vcpu>,
+    bus: &Arc<DeviceBus>,
+    running: &Arc<Running>,
+) -> (mpsc::Receiver<()>, Option<std::io::Error>) {
+    let (alive, all_ended) = mpsc::channel();
+    for mut vcpu in vcpus {
+        let (running, bus, alive) = (Arc::clone(running), Arc::clone(bus), alive.clone());
+        let stopper = running.stopper.clone();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu-{}", vcpu.index()))
+            .spawn(move || {
+                run_vcpu(&mut vcpu, &bus, &running);
+                drop(vcpu);
+                drop(alive);
+            });
+        if let Err(error) = thread {
+            stopper.end(Ending::Stopped);
+            return (all_ended, Some(error));
+        }
+    }
+    (all_ended, None)
 }
 
 fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), MachineError> {
@@ -294,7 +317,7 @@ fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
 }
 
 /// Resident memory of this process that is not the guest's.
-fn own_memory(backing: Backing, resident: u64, page_state_table: u64) -> Option<Process> {
+fn own_memory(config: &MachineConfig, resident: u64, page_state_table: u64) -> Option<Process> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kib = |key: &str| -> Option<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(key))?;
@@ -304,12 +327,11 @@ fn own_memory(backing: Backing, resident: u64, page_state_table: u64) -> Option<
             .parse()
             .ok()
     };
-    // Shared memory is the guest's memfd and nothing else.
+    // Not shared memory: that is the guest's memfd and nothing else. Huge pages are in no count.
     let own = kib("RssAnon")? + kib("RssFile")?;
-    let guest = if backing == Backing::Anonymous {
-        resident * PAGE_SIZE / 1024
-    } else {
-        0
+    let guest = match (config.backing, config.page_size) {
+        (Backing::Anonymous, PageSize::Small) => resident * PAGE_SIZE / 1024,
+        _ => 0,
     };
     Some(Process {
         own_memory_kib: own.saturating_sub(guest),

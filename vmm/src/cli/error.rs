@@ -19,22 +19,22 @@ use crate::report::ReportError;
 
 /// Exit codes, as the manual promises them.
 #[allow(missing_docs)]
-pub mod exit_code {
-    pub const OK: u8 = 0;
-    pub const RUNTIME: u8 = 1;
-    pub const USAGE: u8 = 2;
-    pub const HOST: u8 = 3;
-    pub const SOURCE_LOST: u8 = 4;
-    pub const CORRUPT: u8 = 6;
+pub(super) mod exit_code {
+    pub(in crate::cli) const OK: u8 = 0;
+    pub(in crate::cli) const RUNTIME: u8 = 1;
+    pub(in crate::cli) const USAGE: u8 = 2;
+    pub(in crate::cli) const HOST: u8 = 3;
+    pub(in crate::cli) const SOURCE_LOST: u8 = 4;
+    pub(in crate::cli) const CORRUPT: u8 = 6;
     /// The guest ended with code n > 0: this plus n, at most 255.
-    pub const GUEST: u8 = 64;
+    pub(in crate::cli) const GUEST: u8 = 64;
     /// A reset or a triple fault that nobody asked for, or a crash that the guest reported.
-    pub const GUEST_RESET: u8 = 65;
+    pub(in crate::cli) const GUEST_RESET: u8 = 65;
 }
 
 /// Why a command failed.
 #[derive(Debug, Error)]
-pub enum CommandError {
+pub(super) enum CommandError {
     /// An option's value makes no sense.
     #[error("{option}")]
     Option {
@@ -82,7 +82,7 @@ pub enum CommandError {
     #[error("{what}")]
     Guest {
         /// What it did.
-        what: &'static str,
+        what: String,
         /// The exit code.
         code: u8,
     },
@@ -104,27 +104,34 @@ pub enum CommandError {
 
 impl CommandError {
     /// The exit code that it asks for.
-    pub fn exit_code(&self) -> u8 {
+    pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Option { .. } | Self::Usage(_) | Self::LogFile { .. } => exit_code::USAGE,
-            Self::Layout(LayoutError::Memory { .. }) => exit_code::RUNTIME,
-            Self::Layout(_) => exit_code::USAGE,
-            Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
-            Self::OpenImage(_) | Self::Metadata { .. } | Self::CorruptImage(_) => exit_code::CORRUPT,
-            Self::ReadImage(image::ReadError::Io { .. }) => exit_code::RUNTIME,
-            Self::ReadImage(_) => exit_code::CORRUPT,
-            Self::WriteImage(WriteError::Exists { .. } | WriteError::Metadata { .. }) => exit_code::USAGE,
-            Self::WriteImage(WriteError::Create { source, .. }) if is_path_error(source) => exit_code::USAGE,
+            Self::Layout(LayoutError::Memory { .. })
+            | Self::ReadImage(image::ReadError::Io { .. })
+            | Self::Vcpu(_)
+            | Self::Report(_) => exit_code::RUNTIME,
+            Self::WriteImage(WriteError::Create { source, .. }) if !is_path_error(source) => {
+                exit_code::RUNTIME
+            }
+            Self::WriteImage(WriteError::Write { .. }) => exit_code::RUNTIME,
+            Self::Option { .. }
+            | Self::Usage(_)
+            | Self::LogFile { .. }
+            | Self::Layout(_)
+            | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
+            Self::OpenImage(_) | Self::Metadata { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => {
+                exit_code::CORRUPT
+            }
+            Self::WriteImage(error) => write_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
             Self::HostLacks(_) => exit_code::HOST,
-            Self::WriteImage(_) | Self::Vcpu(_) | Self::Report(_) => exit_code::RUNTIME,
         }
     }
 
     /// All causes in one line, outermost first, none twice.
-    pub fn chain(&self) -> String {
+    pub(super) fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut cause = self.source();
         while let Some(error) = cause {
@@ -181,6 +188,14 @@ fn pager_exit_code(error: &PagerError) -> u8 {
         PagerError::Install { .. } | PagerError::Unaccounted { .. } | PagerError::Events(_) => {
             exit_code::RUNTIME
         }
+    }
+}
+
+fn write_exit_code(error: &WriteError) -> u8 {
+    match error {
+        WriteError::Exists { .. } | WriteError::Metadata { .. } => exit_code::USAGE,
+        WriteError::Create { source, .. } if is_path_error(source) => exit_code::USAGE,
+        WriteError::Create { .. } | WriteError::Write { .. } => exit_code::RUNTIME,
     }
 }
 

@@ -157,7 +157,7 @@ fn write_pages(
                 Fingerprint::new(seed, frame).fill(&mut content);
             }
             writer.write_page(page, &content)?;
-            if page.0 % 256 == 0 {
+            if page.0.is_multiple_of(256) {
                 progress.set_position(offset);
             }
         }
@@ -174,11 +174,11 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
         path: path.clone(),
         source,
     })?;
-    let digest: String = footer.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = blake3::Hash::from_bytes(footer.digest).to_hex();
     if options.json {
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest, "metadata": metadata,
+            "digest": digest.as_str(), "metadata": metadata,
         });
         println!("{object:#}");
         return Ok(());

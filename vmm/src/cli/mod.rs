@@ -13,7 +13,7 @@ use std::time::Instant;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-pub use error::{CommandError, exit_code};
+use error::{CommandError, exit_code};
 
 /// Runs KVM virtual machines whose memory is still somewhere else.
 #[derive(Debug, Parser)]

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 /// Why an option's value makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum OptionError {
+pub(super) enum OptionError {
     /// A key that there is not.
     #[error("unknown key '{key}', expected {syntax}")]
     UnknownKey {
@@ -41,14 +41,17 @@ pub enum OptionError {
 
 /// What was given for each key of one option.
 #[derive(Debug)]
-pub struct KeyValues {
-    syntax: &'static str,
+pub(super) struct KeyValues {
     given: Vec<(&'static str, String)>,
 }
 
 impl KeyValues {
     /// Takes `text` apart. `keys` are those that there are; `syntax` shows them to people.
-    pub fn parse(text: &str, keys: &[&'static str], syntax: &'static str) -> Result<Self, OptionError> {
+    pub(super) fn parse(
+        text: &str,
+        keys: &[&'static str],
+        syntax: &'static str,
+    ) -> Result<Self, OptionError> {
         let mut given = Vec::new();
         for word in text.split(',') {
             let (name, value) = match word.split_once('=') {
@@ -71,11 +74,14 @@ impl KeyValues {
             }
             given.push((*key, value.to_owned()));
         }
-        Ok(Self { syntax, given })
+        Ok(Self { given })
     }
 
     /// The value of `key`, read as a `T`; `None` if it was not given.
-    pub fn get<T: FromStr<Err: fmt::Display>>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
+    pub(super) fn get<T: FromStr<Err: fmt::Display>>(
+        &self,
+        key: &'static str,
+    ) -> Result<Option<T>, OptionError> {
         let Some((_, value)) = self.given.iter().find(|(given, _)| *given == key) else {
             return Ok(None);
         };
@@ -88,7 +94,7 @@ impl KeyValues {
     }
 
     /// The value of `key`, which is one of the words of `choices`.
-    pub fn choose<T: Copy>(
+    pub(super) fn choose<T: Copy>(
         &self,
         key: &'static str,
         choices: &[(&str, T)],
@@ -106,23 +112,18 @@ impl KeyValues {
             reason: format!("expected {}", words.join(" or ")),
         })
     }
-
-    /// What the option takes, for people.
-    pub fn syntax(&self) -> &'static str {
-        self.syntax
-    }
 }
 
 /// On or off.
-pub const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
+pub(super) const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// A number of bytes: digits, and K, M, G or T for powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u64);
+pub(super) struct Size(pub(super) u64);
 
 /// Why a word is no size.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum SizeError {
+pub(super) enum SizeError {
     /// Not a number.
     #[error("'{0}' is not a size (a number, with K, M, G or T for powers of 1024)")]
     NotASize(String),
@@ -165,7 +166,7 @@ impl fmt::Display for Size {
 
 /// Where RAM comes from, as a source URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceUrl {
+pub(super) enum SourceUrl {
     /// `zero:`
     Zero,
     /// `file:PATH`

@@ -75,7 +75,12 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
 
 /// What the ending means: the outcome's name in the report, and success or failure.
 fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
-    let guest = |what, code| Err(CommandError::Guest { what, code });
+    let guest = |what: &str, code| {
+        Err(CommandError::Guest {
+            what: what.to_owned(),
+            code,
+        })
+    };
     match outcome {
         Outcome::PagerFailed(error) => {
             let error = CommandError::from(error);
