@@ -29,6 +29,9 @@ use crate::report::{Process, Report, milliseconds};
 /// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
 const VCPU_GRACE: Duration = Duration::from_secs(1);
 
+/// The most that a memory slot takes (Linux: `KVM_MEM_MAX_NR_PAGES`).
+const SLOT_SIZE_MAX: u64 = ((1 << 31) - 1) * PAGE_SIZE;
+
 /// What the first instruction is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firmware {
@@ -95,6 +98,16 @@ pub enum MachineError {
         size: u64,
         /// Bits of a physical address.
         bits: u32,
+    },
+    /// RAM is more than KVM takes in one piece.
+    #[error(
+        "RAM of {size} bytes is more than KVM maps in one slot ({most} bytes): choose a smaller --memory size"
+    )]
+    RamBeyondSlot {
+        /// Bytes of RAM.
+        size: u64,
+        /// The most that a slot takes.
+        most: u64,
     },
     /// No memory for RAM.
     #[error("cannot make guest memory")]
@@ -292,6 +305,12 @@ fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), Mach
         .unwrap_or(0);
     if bits < u64::BITS && end > 1 << bits {
         return Err(MachineError::RamTooLarge { size, bits });
+    }
+    if config.ram.ranges().any(|range| range.size > SLOT_SIZE_MAX) {
+        return Err(MachineError::RamBeyondSlot {
+            size,
+            most: SLOT_SIZE_MAX,
+        });
     }
     Ok(())
 }

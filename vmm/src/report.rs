@@ -1,7 +1,7 @@
 //! What a run leaves behind for people and programs: one JSON object, whose keys are documented in `docs/report.md`.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -153,20 +153,55 @@ impl Report {
         });
     }
 
-    /// Writes it to `path`, whole or not at all; a pipe or a device is written to as it is.
-    pub fn write(&self, path: &Path) -> Result<(), ReportError> {
-        let fail = |source: io::Error| ReportError {
-            path: path.to_path_buf(),
-            source,
-        };
-        let mut text = serde_json::to_string_pretty(self).map_err(|error| fail(error.into()))?;
-        text.push('\n');
-        if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-            return std::fs::write(path, text).map_err(fail);
+    /// Writes it to `target`.
+    pub fn write(&self, target: ReportTarget) -> Result<(), ReportError> {
+        let ReportTarget { path, unnamed } = target;
+        let result = serde_json::to_string_pretty(self)
+            .map_err(io::Error::from)
+            .and_then(|mut text| {
+                text.push('\n');
+                match unnamed {
+                    None => std::fs::write(&path, text),
+                    Some(unnamed) => {
+                        unnamed.file().write_all(text.as_bytes())?;
+                        unnamed.publish(Existing::Replace)
+                    }
+                }
+            });
+        result.map_err(|source| ReportError { path, source })
+    }
+}
+
+/// Where a report is going to be.
+#[derive(Debug)]
+pub struct ReportTarget {
+    path: PathBuf,
+    /// `None` for what is no regular file, and so is written to as it is: a pipe, a device.
+    unnamed: Option<UnnamedFile>,
+}
+
+impl ReportTarget {
+    /// Makes sure, before anything else is done, that there can be a report. It has its name when it is complete.
+    pub fn new(path: &Path) -> Result<Self, ReportError> {
+        let path = path.to_path_buf();
+        if path
+            .metadata()
+            .is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
+        {
+            return Ok(Self { path, unnamed: None });
         }
-        let unnamed = UnnamedFile::create(path).map_err(fail)?;
-        io::Write::write_all(&mut unnamed.file(), text.as_bytes()).map_err(fail)?;
-        unnamed.publish(Existing::Replace).map_err(fail)
+        let unnamed = if path.is_dir() {
+            Err(io::ErrorKind::IsADirectory.into())
+        } else {
+            UnnamedFile::create(&path)
+        };
+        match unnamed {
+            Ok(unnamed) => Ok(Self {
+                path,
+                unnamed: Some(unnamed),
+            }),
+            Err(source) => Err(ReportError { path, source }),
+        }
     }
 }
 

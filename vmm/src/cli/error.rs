@@ -86,6 +86,9 @@ pub(super) enum CommandError {
         /// The exit code.
         code: u8,
     },
+    /// There is no place for the report.
+    #[error(transparent)]
+    NoReport(ReportError),
     /// The report cannot be written.
     #[error(transparent)]
     Report(#[from] ReportError),
@@ -110,12 +113,9 @@ impl CommandError {
             | Self::ReadImage(image::ReadError::Io { .. })
             | Self::Vcpu(_)
             | Self::Report(_) => exit_code::RUNTIME,
-            Self::WriteImage(WriteError::Create { source, .. }) if !is_path_error(source) => {
-                exit_code::RUNTIME
-            }
-            Self::WriteImage(WriteError::Write { .. }) => exit_code::RUNTIME,
             Self::Option { .. }
             | Self::Usage(_)
+            | Self::NoReport(_)
             | Self::LogFile { .. }
             | Self::Layout(_)
             | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
@@ -156,6 +156,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         )) => exit_code::HOST,
         MachineError::TooManyCpus { .. }
         | MachineError::RamTooLarge { .. }
+        | MachineError::RamBeyondSlot { .. }
         | MachineError::Region(RegionError::Size { .. } | RegionError::TooLarge { .. })
         | MachineError::Pager(StartError::NoMemory) => exit_code::USAGE,
         MachineError::Rom(error) => match error {

@@ -18,7 +18,7 @@ use crate::address_map::RamMap;
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
 use crate::ending::Ending;
 use crate::machine::{self, Firmware, MachineConfig, Outcome};
-use crate::report::{Report, milliseconds};
+use crate::report::{Report, ReportTarget, milliseconds};
 
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
@@ -52,6 +52,12 @@ pub(super) struct RunOptions {
 }
 
 pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandError> {
+    let target = options
+        .report
+        .as_deref()
+        .map(ReportTarget::new)
+        .transpose()
+        .map_err(CommandError::NoReport)?;
     let mut report = Report::default();
     let result = configure(options)
         .and_then(|config| machine::run(&config, started, &mut report).map_err(CommandError::from))
@@ -61,7 +67,7 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
     }
     report.error = result.as_ref().err().map(CommandError::chain);
     report.total_ms = milliseconds(started.elapsed());
-    let written = options.report.as_ref().map_or(Ok(()), |path| report.write(path));
+    let written = target.map_or(Ok(()), |target| report.write(target));
     match (result, written) {
         (Ok(()), written) => Ok(written?),
         (Err(error), Ok(())) => Err(error),
