@@ -1,6 +1,7 @@
 //! What a run leaves behind for people and programs: one JSON object, whose keys are documented in `docs/report.md`.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -161,7 +162,10 @@ impl Report {
             .and_then(|mut text| {
                 text.push('\n');
                 match unnamed {
-                    None => std::fs::write(&path, text),
+                    None => File::options()
+                        .append(true)
+                        .open(&path)?
+                        .write_all(text.as_bytes()),
                     Some(unnamed) => {
                         unnamed.file().write_all(text.as_bytes())?;
                         unnamed.publish(Existing::Replace)
@@ -183,17 +187,19 @@ pub struct ReportTarget {
 impl ReportTarget {
     /// Makes sure, before anything else is done, that there can be a report. It has its name when it is complete.
     pub fn new(path: &Path) -> Result<Self, ReportError> {
-        let path = path.to_path_buf();
-        if path
-            .metadata()
-            .is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir())
-        {
-            return Ok(Self { path, unnamed: None });
-        }
-        let unnamed = if path.is_dir() {
-            Err(io::ErrorKind::IsADirectory.into())
-        } else {
-            UnnamedFile::create(&path)
+        // What is reached by a link is replaced, and not the link. A name that only stands for an open file (/dev/stdout)
+        // cannot be replaced, whatever file that is.
+        let stands_for_another = path.starts_with("/dev") || path.starts_with("/proc");
+        let path = path
+            .canonicalize()
+            .ok()
+            .filter(|_| !stands_for_another)
+            .unwrap_or_else(|| path.to_path_buf());
+        let kind = path.metadata().map(|metadata| metadata.file_type());
+        let unnamed = match kind {
+            Ok(kind) if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+            Ok(kind) if stands_for_another || !kind.is_file() => return Ok(Self { path, unnamed: None }),
+            _ => UnnamedFile::create(&path),
         };
         match unnamed {
             Ok(unnamed) => Ok(Self {
@@ -216,4 +222,58 @@ pub struct ReportError {
 /// Milliseconds, to the microsecond.
 pub fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(path: &Path) {
+        Report {
+            outcome: "poweroff",
+            ..Default::default()
+        }
+        .write(ReportTarget::new(path).unwrap())
+        .unwrap();
+    }
+
+    #[test]
+    fn a_report_replaces_the_file_and_not_the_link_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        std::fs::write(&file, "old, and longer than any report is: ".repeat(99)).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write(&link);
+        let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        assert_eq!(report["outcome"], "poweroff");
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn what_is_no_file_is_written_to() {
+        write(Path::new("/dev/null"));
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let reader = {
+            let pipe = pipe.clone();
+            std::thread::spawn(move || std::fs::read_to_string(pipe).unwrap())
+        };
+        write(&pipe);
+        assert!(reader.join().unwrap().contains("poweroff"));
+    }
+
+    #[test]
+    fn where_there_can_be_no_report_is_known_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(ReportTarget::new(directory.path()).is_err());
+        assert!(ReportTarget::new(&directory.path().join("missing/report")).is_err());
+    }
 }

@@ -112,9 +112,9 @@ fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
                     report.guest_exit = Some(code);
                     match u8::try_from(code).unwrap_or(u8::MAX) {
                         0 => Ok(()),
-                        code => guest(
-                            "the guest ended with a code that says it failed",
-                            code.saturating_add(exit_code::GUEST),
+                        low => guest(
+                            &format!("the guest ended with code {code}"),
+                            low.saturating_add(exit_code::GUEST),
                         ),
                     }
                 }
