@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Defaults: `pages=all order=seq rounds=1 seed=0 stride=16 full=on kind=page-fault`. Numbers are decimal or, after `0x`,
-//! hexadecimal. `pages=N` are the first N. `seed` is for `verify` and for `order=random`, `stride` for `order=stride`.
+//! hexadecimal. `pages=N` are the first N, with `order=random` any N. `seed` is for `verify` and for `order=random`, `stride` for `order=stride`.
 //! Nothing is ignored in silence: a word that the workload has no use for is an error, except for the words that a VMM adds by
 //! itself ([`is_machine_word`]), which are named in a line `ignored=…`.
 

@@ -32,12 +32,16 @@ pub struct Page {
 }
 
 impl<'a> Pages<'a> {
-    /// The first `count` pages of `map` in the given order; `None` if the map has fewer.
+    /// `count` pages of `map` in the given order: the first, or where the order is random, any. `None` if the map has fewer.
     pub fn new(map: &'a MemoryMap, count: u64, order: Order) -> Option<Self> {
+        let among = match order {
+            Order::Random { .. } => map.count(),
+            Order::Sequential | Order::Stride { .. } => count,
+        };
         (count <= map.count()).then(|| Self {
             map,
             count,
-            sequence: order.of(count),
+            sequence: order.of(among),
         })
     }
 
@@ -83,23 +87,47 @@ mod tests {
     #[test]
     fn the_shares_of_all_cpus_are_all_pages() {
         let map = map();
-        let pages = Pages::new(&map, 23, Order::Random { seed: 3 }).unwrap();
         for cpus in [1, 2, 3, 30] {
-            let shared = Shared::new(cpus);
-            shared.run(|machine| {
-                let mut frames = shared.touched.lock().unwrap();
-                frames.extend(pages.of(machine).map(|page| (machine.cpu(), page.frame)));
-            });
-            let mut frames: Vec<_> = shared
-                .touched
-                .lock()
-                .unwrap()
-                .iter()
-                .map(|(_, frame)| *frame)
-                .collect();
-            frames.sort_unstable();
-            assert!(frames.into_iter().eq((0x10..0x20).chain(0x40..0x47)));
+            assert!(
+                frames(&map, 23, Order::Stride { stride: 4 }, cpus)
+                    .into_iter()
+                    .eq((0x10..0x20).chain(0x40..0x47))
+            );
+            assert!(
+                frames(&map, 32, Order::Random { seed: 3 }, cpus)
+                    .into_iter()
+                    .eq((0x10..0x20).chain(0x40..0x50))
+            );
         }
+    }
+
+    #[test]
+    fn random_pages_are_of_the_whole_map_and_the_same_for_any_number_of_cpus() {
+        let map = map();
+        let some = frames(&map, 12, Order::Random { seed: 3 }, 1);
+        assert!(some.iter().any(|frame| *frame >= 0x40), "{some:?}");
+        assert_eq!(some.len(), 12);
+        assert!(some.windows(2).all(|two| two[0] < two[1]), "{some:?}");
+        assert_eq!(frames(&map, 12, Order::Random { seed: 3 }, 3), some);
+    }
+
+    /// The frames that all CPUs visit together, sorted.
+    fn frames(map: &MemoryMap, count: u64, order: Order, cpus: usize) -> Vec<u64> {
+        let pages = Pages::new(map, count, order).unwrap();
+        let shared = Shared::new(cpus);
+        shared.run(|machine| {
+            let mut frames = shared.touched.lock().unwrap();
+            frames.extend(pages.of(machine).map(|page| (machine.cpu(), page.frame)));
+        });
+        let mut frames: Vec<_> = shared
+            .touched
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(_, frame)| *frame)
+            .collect();
+        frames.sort_unstable();
+        frames
     }
 
     #[test]
