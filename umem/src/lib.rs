@@ -15,6 +15,7 @@ mod checksums;
 pub mod image;
 mod image_verify;
 mod image_writer;
+pub mod link;
 pub mod pager;
 pub mod publish;
 pub mod region;
