@@ -1,13 +1,14 @@
-//! An image's checksum table, read block by block when it is needed.
+//! An image's checksum table, read and checked block by block when it is needed.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::image::checksum;
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
 /// Checksums in a block of 4096 bytes.
-const PER_BLOCK: u64 = (PAGE_SIZE / 8) as u64;
+pub(crate) const CHECKSUMS_PER_BLOCK: u64 = (PAGE_SIZE / 8) as u64;
 
-/// Blocks kept in memory: 2 MiB of them, the checksums of 1 GiB.
+/// Blocks kept in memory: at most 2 MiB of them, the checksums of 1 GiB.
 const SLOTS: u64 = 512;
 
 /// The table behind a bounded cache, in which a block has one place.
@@ -16,78 +17,109 @@ pub(crate) struct ChecksumTable {
     /// Where it begins in the file.
     offset: u64,
     pages: u64,
-    slots: Mutex<Vec<Option<Box<Block>>>>,
+    /// The checksum of each block.
+    blocks: Vec<u64>,
+    cache: Mutex<Cache>,
 }
 
+/// Allocated at once and used as blocks come, so that keeping one takes no memory from anybody.
 #[derive(Debug)]
-struct Block {
-    index: u64,
-    checksums: [u64; PER_BLOCK as usize],
+struct Cache {
+    /// For each slot the index of the block in it, plus 1; 0 is an empty slot.
+    tags: Vec<u64>,
+    checksums: Vec<u64>,
 }
 
 impl ChecksumTable {
-    pub(crate) fn new(offset: u64, pages: u64) -> Self {
+    /// A table of `pages` checksums that begins at `offset` and whose blocks have the (little-endian) checksums `blocks`.
+    pub(crate) fn new(offset: u64, pages: u64, blocks: &[u8]) -> Self {
+        let slots = SLOTS.min(blocks.len() as u64 / 8) as usize;
+        let cache = Cache {
+            tags: vec![0; slots],
+            checksums: vec![0; slots * CHECKSUMS_PER_BLOCK as usize],
+        };
         Self {
             offset,
             pages,
-            slots: Mutex::new((0..SLOTS).map(|_| None).collect()),
+            blocks: words(blocks).collect(),
+            cache: Mutex::new(cache),
         }
     }
 
     /// The checksums of `pages`. `read` fills a buffer from an offset of the file for a page's sake, or answers `None` if
-    /// it would have to wait; it is called without the lock.
+    /// it would have to wait; it is called without the lock. `damaged` makes the error for a block that is not what it was.
     pub(crate) fn get<E>(
         &self,
         pages: PageRange,
         into: &mut [u64],
         mut read: impl FnMut(u64, &mut [u8], PageIndex) -> Result<Option<()>, E>,
+        damaged: impl Fn(PageIndex) -> E,
     ) -> Result<Option<()>, E> {
         let mut page = pages.start;
         while page < pages.end() {
-            let index = page.0 / PER_BLOCK;
-            let first = (page.0 % PER_BLOCK) as usize;
-            let count = (PER_BLOCK - first as u64).min(pages.end().0 - page.0) as usize;
+            let block = page.0 / CHECKSUMS_PER_BLOCK;
+            let first = (page.0 % CHECKSUMS_PER_BLOCK) as usize;
+            let count = (CHECKSUMS_PER_BLOCK - first as u64).min(pages.end().0 - page.0) as usize;
             let at = (page.0 - pages.start.0) as usize;
             let target = &mut into[at..at + count];
-            if !self.copy_cached(index, first, target) {
-                let length = ((self.pages - index * PER_BLOCK).min(PER_BLOCK) * 8) as usize;
+            if self.blocks[block as usize] == 0 {
+                target.fill(0);
+            } else if !self.lock().copy_out(block, first, target) {
+                let length =
+                    ((self.pages - block * CHECKSUMS_PER_BLOCK).min(CHECKSUMS_PER_BLOCK) * 8) as usize;
                 let mut bytes = [0; PAGE_SIZE];
-                if read(self.offset + index * PAGE_SIZE as u64, &mut bytes[..length], page)?.is_none() {
+                if read(self.offset + block * PAGE_SIZE as u64, &mut bytes[..length], page)?.is_none() {
                     return Ok(None);
                 }
-                let checksums = std::array::from_fn(|word| {
-                    u64::from_le_bytes(std::array::from_fn(|byte| bytes[word * 8 + byte]))
-                });
-                target.copy_from_slice(&checksums[first..first + count]);
-                self.keep(Block { index, checksums });
+                if checksum(&bytes[..length]) != self.blocks[block as usize] {
+                    return Err(damaged(page));
+                }
+                let mut cache = self.lock();
+                cache.keep(block, words(&bytes));
+                cache.copy_out(block, first, target);
             }
             page = page.advance(count as u64);
         }
         Ok(Some(()))
     }
 
-    fn copy_cached(&self, index: u64, first: usize, target: &mut [u64]) -> bool {
-        let slots = self
-            .slots
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        match &slots[(index % SLOTS) as usize] {
-            Some(block) if block.index == index => {
-                target.copy_from_slice(&block.checksums[first..first + target.len()]);
-                true
-            }
-            _ => false,
-        }
+    fn lock(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Cache {
+    fn slot(&self, block: u64) -> usize {
+        (block % self.tags.len() as u64) as usize
     }
 
-    fn keep(&self, block: Block) {
-        let mut slots = self
-            .slots
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        match &mut slots[(block.index % SLOTS) as usize] {
-            Some(place) => **place = block,
-            place @ None => *place = Some(Box::new(block)),
+    /// Copies checksums of `block` from `first` on. False: the block is not here.
+    fn copy_out(&self, block: u64, first: usize, target: &mut [u64]) -> bool {
+        let slot = self.slot(block);
+        let here = self.tags[slot] == block + 1;
+        if here {
+            let at = slot * CHECKSUMS_PER_BLOCK as usize + first;
+            target.copy_from_slice(&self.checksums[at..at + target.len()]);
         }
+        here
     }
+
+    fn keep(&mut self, block: u64, checksums: impl Iterator<Item = u64>) {
+        let slot = self.slot(block);
+        self.tags[slot] = block + 1;
+        let at = slot * CHECKSUMS_PER_BLOCK as usize;
+        let place = &mut self.checksums[at..at + CHECKSUMS_PER_BLOCK as usize];
+        place
+            .iter_mut()
+            .zip(checksums)
+            .for_each(|(place, checksum)| *place = checksum);
+    }
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| u64::from_le_bytes(*word))
 }

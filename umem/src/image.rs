@@ -4,6 +4,7 @@
 //! offset              content
 //! 0                   RAM, raw; a page that is all zero is a hole
 //! ram_size            checksum table: one little-endian u64 a page; a block of zeros is a hole
+//! ... + 8 * pages     block checksums: one little-endian u64 for every 4096 bytes of the checksum table
 //! metadata_offset     metadata: bytes that mean nothing here (the VMM's: how to start the guest)
 //! file end - 112      footer
 //!
@@ -14,18 +15,20 @@
 //!     12     4  page size, 4096
 //!     16     8  ram_size in bytes, a page multiple
 //!     24     8  data_pages: pages that are not all zero
-//!     32     8  metadata_offset = ram_size + 8 * pages
+//!     32     8  metadata_offset = ram_size + 8 * pages + 8 * blocks
 //!     40     8  metadata_length, at most 1 MiB
 //!     48     8  xxh3-64 of the metadata
-//!     56     8  reserved, 0
+//!     56     8  xxh3-64 of the block checksums
 //!     64    32  digest: blake3 of ram_size, checksum table and metadata
 //!     96     8  xxh3-64 of the footer up to here
 //!    104     8  magic again
 //! ```
 //!
-//! A page's checksum is the xxh3-64 of its 4096 bytes, or 0 for a page that is all zero (a page whose hash is 0 has 1). It
-//! is there to find damage, not to keep out somebody who can write the file. Checksums are read when they are needed, so
-//! opening an image of any size takes the same few reads.
+//! A checksum is the xxh3-64 of the bytes (of a page, of a block of the table), or 0 for bytes that are all zero (others whose
+//! hash is 0 have 1). It is there to find damage, not to keep out somebody who can write the file. The table decides which
+//! pages are zero, so each block of it is checked before it is believed: a part of the file that reads as zeros, as it does
+//! after a crash or a bad copy, is damage and not zero pages. Blocks are read when they are needed, so opening an image of any
+//! size takes the same few reads.
 
 use std::fs::File;
 use std::io;
@@ -33,10 +36,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::checksums::ChecksumTable;
+use crate::checksums::{CHECKSUMS_PER_BLOCK, ChecksumTable};
 pub use crate::image_writer::{ImageWriter, WriteError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
@@ -129,14 +132,26 @@ pub struct Footer {
     pub metadata_length: u64,
     /// xxh3-64 of the metadata.
     pub metadata_checksum: u64,
+    /// xxh3-64 of the block checksums.
+    pub blocks_checksum: u64,
     /// The image's identity.
     pub digest: [u8; 32],
 }
 
 impl Footer {
+    /// How many pages of RAM there are.
+    pub fn pages(&self) -> u64 {
+        self.ram_size / PAGE_SIZE as u64
+    }
+
+    /// Where the block checksums lie.
+    pub fn blocks_offset(&self) -> u64 {
+        self.ram_size + self.pages() * 8
+    }
+
     /// Where the metadata lies.
     pub fn metadata_offset(&self) -> u64 {
-        self.ram_size + self.ram_size / PAGE_SIZE as u64 * 8
+        self.blocks_offset() + self.pages().div_ceil(CHECKSUMS_PER_BLOCK) * 8
     }
 
     /// How long the whole file is.
@@ -156,6 +171,7 @@ impl Footer {
         put(32, &self.metadata_offset().to_le_bytes());
         put(40, &self.metadata_length.to_le_bytes());
         put(48, &self.metadata_checksum.to_le_bytes());
+        put(56, &self.blocks_checksum.to_le_bytes());
         put(64, &self.digest);
         put(104, &MAGIC);
         let checksum = xxhash_rust::xxh3::xxh3_64(&bytes[..96]);
@@ -186,6 +202,7 @@ impl Footer {
             data_pages: u64_at(24),
             metadata_length: u64_at(40),
             metadata_checksum: u64_at(48),
+            blocks_checksum: u64_at(56),
             digest: std::array::from_fn(|i| bytes[64 + i]),
         };
         let page = PAGE_SIZE as u64;
@@ -215,7 +232,7 @@ pub enum FooterError {
     Damaged(String),
 }
 
-/// The checksum of a page: 0 means all zero.
+/// The checksum of a page, or of a block of the checksum table: 0 means all zero.
 pub fn checksum(page: &[u8]) -> u64 {
     if is_zero(page) {
         0
@@ -266,7 +283,14 @@ impl Image {
             path: path.to_path_buf(),
             what,
         };
-        let file = File::open(path).map_err(io)?;
+        // Without waiting: a pipe that nobody writes to would be waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        // Reading is not to dirty the file's inode; who does not own the file may not ask for that.
+        let file = match rustix::fs::open(path, flags | OFlags::NOATIME, Mode::empty()) {
+            Err(Errno::PERM) => rustix::fs::open(path, flags, Mode::empty()),
+            other => other,
+        };
+        let file = File::from(file.map_err(|errno| io(errno.into()))?);
         let stat = file.metadata().map_err(io)?;
         if stat.is_dir() {
             return Err(io(io::ErrorKind::IsADirectory.into()));
@@ -304,7 +328,13 @@ impl Image {
             ));
         }
         let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as u64)));
-        let checksums = ChecksumTable::new(footer.ram_size, footer.ram_size / PAGE_SIZE as u64);
+        let mut blocks = vec![0; (footer.metadata_offset() - footer.blocks_offset()) as usize];
+        file.read_exact_at(&mut blocks, footer.blocks_offset())
+            .map_err(io)?;
+        if xxhash_rust::xxh3::xxh3_64(&blocks) != footer.blocks_checksum {
+            return Err(corrupt("its block checksums do not match their checksum".into()));
+        }
+        let checksums = ChecksumTable::new(footer.ram_size, footer.pages(), &blocks);
         Ok(Self {
             file,
             path: path.to_path_buf(),
@@ -332,7 +362,7 @@ impl Image {
 
     /// How many pages of RAM it has.
     pub fn pages(&self) -> u64 {
-        self.footer.ram_size / PAGE_SIZE as u64
+        self.footer.pages()
     }
 
     /// The next run of pages, at or after `from`, that may hold something; everything before it is zero.
@@ -350,8 +380,13 @@ impl Image {
         };
         let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from.byte_offset())) {
             Ok(offset) => PageIndex::containing(offset).max(from),
-            // The kernel's word for "only holes from here on", and for "beyond the end".
-            Err(Errno::NXIO) => return Ok(None),
+            // Only holes from here on, the kernel says. But behind RAM there is always the footer.
+            Err(Errno::NXIO) => {
+                return Err(ReadError::Truncated {
+                    page: from,
+                    path: self.path.clone(),
+                });
+            }
             Err(_) => seek(SeekFrom::Data(from.byte_offset()), from).map(PageIndex::containing)?,
         };
         if start >= end {
@@ -362,11 +397,36 @@ impl Image {
         Ok(Some(PageRange::new(start, stop.0 - start.0)))
     }
 
+    /// The next run of pages, at or after `from`, that hold something by the checksum table; everything before it is zero.
+    pub fn next_with_checksum(&self, from: PageIndex) -> Result<Option<PageRange>, ReadError> {
+        let end = PageIndex(self.pages());
+        let mut at = from;
+        let mut block = [0; CHECKSUMS_PER_BLOCK as usize];
+        while at < end {
+            let step = PageRange::new(at, CHECKSUMS_PER_BLOCK - at.0 % CHECKSUMS_PER_BLOCK).clamp_to(end);
+            let checksums = &mut block[..step.count as usize];
+            // May wait, so it never answers that it would have to.
+            let _ = self.checksums(step, Wait::Yes, checksums)?;
+            if let Some(first) = checksums.iter().position(|checksum| *checksum != 0) {
+                let count = checksums[first..]
+                    .iter()
+                    .take_while(|checksum| **checksum != 0)
+                    .count();
+                return Ok(Some(PageRange::new(at.advance(first as u64), count as u64)));
+            }
+            at = step.end();
+        }
+        Ok(None)
+    }
+
     /// The checksums of `pages`. `None`: it would have to wait.
     pub fn checksums(&self, pages: PageRange, wait: Wait, into: &mut [u64]) -> Result<Option<()>, ReadError> {
-        self.checksums.get(pages, into, |offset, block, page| {
-            self.read_at(offset, block, page, wait)
-        })
+        let read = |offset, block: &mut [u8], page| self.read_at(offset, block, page, wait);
+        let damaged = |page| ReadError::Corrupt {
+            page,
+            path: self.path.clone(),
+        };
+        self.checksums.get(pages, into, read, damaged)
     }
 
     /// Reads `pages` into `buffer` and checks nothing. `None`: it would have to wait.

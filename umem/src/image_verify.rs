@@ -23,6 +23,12 @@ impl Verified {
     /// The most pages that are listed.
     pub const MOST_LISTED: usize = 16;
 
+    fn add_corrupt(&mut self, pages: PageRange) {
+        self.corrupt_count += pages.count;
+        let room = Self::MOST_LISTED - self.corrupt.len();
+        self.corrupt.extend(pages.pages().take(room));
+    }
+
     /// Whether nothing is wrong.
     pub fn is_sound(&self) -> bool {
         self.corrupt_count == 0 && self.digest_matches
@@ -44,7 +50,16 @@ impl Image {
             let pages = PageRange::new(at, STEP).clamp_to(end);
             let checksums = &mut checksums[..pages.count as usize];
             // May wait, so it never answers that it would have to.
-            let _ = self.checksums(pages, Wait::Yes, checksums)?;
+            match self.checksums(pages, Wait::Yes, checksums) {
+                Ok(_) => {}
+                // The block of the table that says what these pages are: none of them can be vouched for.
+                Err(ReadError::Corrupt { .. }) => {
+                    verified.add_corrupt(pages);
+                    at = pages.end();
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
             for checksum in &*checksums {
                 digest.update(&checksum.to_le_bytes());
             }
@@ -63,10 +78,7 @@ impl Image {
                     self.check(page, &content[at..at + PAGE_SIZE], *expected).is_ok()
                 };
                 if !right {
-                    verified.corrupt_count += 1;
-                    if verified.corrupt.len() < Verified::MOST_LISTED {
-                        verified.corrupt.push(page);
-                    }
+                    verified.add_corrupt(PageRange::single(page));
                 } else if *expected != 0 {
                     verified.data_pages += 1;
                 }

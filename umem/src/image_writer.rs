@@ -108,21 +108,27 @@ impl ImageWriter {
         let mut offset = self.ram_size;
         let checksums = std::mem::take(&mut self.checksums);
         let mut bytes = Vec::with_capacity(PAGE_SIZE);
+        let mut blocks = Vec::new();
         for block in checksums.chunks(PAGE_SIZE / 8) {
             bytes.clear();
             bytes.extend(block.iter().flat_map(|checksum| checksum.to_le_bytes()));
             digest.update(&bytes);
-            if block.iter().any(|checksum| *checksum != 0) {
+            let block_checksum = checksum(&bytes);
+            if block_checksum != 0 {
                 self.write(&bytes, offset)?;
             }
+            blocks.extend_from_slice(&block_checksum.to_le_bytes());
             offset += bytes.len() as u64;
         }
+        self.write(&blocks, offset)?;
+        offset += blocks.len() as u64;
         digest.update(metadata);
         let footer = Footer {
             ram_size: self.ram_size,
             data_pages: self.data_pages,
             metadata_length: metadata.len() as u64,
             metadata_checksum: xxhash_rust::xxh3::xxh3_64(metadata),
+            blocks_checksum: xxhash_rust::xxh3::xxh3_64(&blocks),
             digest: digest.finalize().into(),
         };
         self.write(metadata, offset)?;

@@ -26,7 +26,9 @@ mod fill;
 mod install;
 
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -99,6 +101,12 @@ pub enum PagerError {
         /// The page.
         page: PageIndex,
     },
+    /// Part of a huge page was dropped before the page was loaded.
+    #[error("a part of a huge page among the pages {pages} was dropped before the rest was loaded")]
+    PartlyRemoved {
+        /// What was dropped.
+        pages: PageRange,
+    },
     /// Faults can no longer be read.
     #[error("cannot read page faults")]
     Events(#[source] io::Error),
@@ -113,6 +121,11 @@ pub enum StartError {
     /// The region could not be registered.
     #[error("cannot register guest memory with userfaultfd")]
     Register(#[source] io::Error),
+    /// Somebody touched the region before: what is there did not come from the source.
+    #[error(
+        "{0} pages of guest memory are populated before anything was loaded (is all memory of this process locked?)"
+    )]
+    Populated(u64),
     /// The region's pages could not be counted.
     #[error("cannot count the populated pages of guest memory")]
     Count(#[source] io::Error),
@@ -187,9 +200,15 @@ pub struct PagerStats {
 }
 
 /// A running pager. Dropping it stops its threads; pages that are absent then must not be touched any more.
+///
+/// Memory that is dropped (MADV_DONTNEED on anonymous memory, MADV_REMOVE on a memfd) reads zero from then on, and is not loaded
+/// again. On a memfd MADV_DONTNEED drops a mapping and not content, but the kernel tells of it in the same way: of pages that
+/// are not loaded yet it must not be used.
 pub struct Pager {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    fault_thread: Option<JoinHandle<()>>,
+    /// Readers and fill.
+    workers: Vec<JoinHandle<()>>,
 }
 
 /// Somebody waits for a unit that another thread is fetching.
@@ -219,6 +238,8 @@ struct Shared {
     failed: AtomicBool,
     /// The owner waits for the threads to end.
     closing: AtomicBool,
+    /// Nobody reads events any more.
+    events_ended: AtomicBool,
     stop: OwnedFd,
     observer: Observer,
 }
@@ -237,6 +258,9 @@ impl Pager {
             .map_err(StartError::Register)?;
         // After registering: from here on nothing is populated unseen.
         let populated_at_start = region.populated().map_err(StartError::Count)?;
+        if populated_at_start > 0 {
+            return Err(StartError::Populated(populated_at_start));
+        }
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| StartError::Os(errno.into()))?;
         let states =
@@ -256,19 +280,24 @@ impl Pager {
             released: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            events_ended: AtomicBool::new(false),
             stop,
             observer: Box::new(observer),
         });
         let mut pager = Self {
             shared,
-            threads: Vec::new(),
+            fault_thread: None,
+            workers: Vec::new(),
         };
-        pager.spawn("umem-faults".into(), |shared| FaultThread::new(shared).run())?;
+        pager.fault_thread =
+            Some(pager.spawn("umem-faults".into(), |shared| FaultThread::new(shared).run())?);
         for reader in 0..READERS {
-            pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
+            let reader = pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
+            pager.workers.push(reader);
         }
         if fill == Fill::Sequential {
-            pager.spawn("umem-fill".into(), Shared::fill_sequentially)?;
+            let fill = pager.spawn("umem-fill".into(), Shared::fill_sequentially)?;
+            pager.workers.push(fill);
         }
         Ok(pager)
     }
@@ -307,28 +336,33 @@ impl Pager {
     }
 
     fn spawn(
-        &mut self,
+        &self,
         name: String,
         work: impl FnOnce(Arc<Shared>) + Send + 'static,
-    ) -> Result<(), StartError> {
+    ) -> Result<JoinHandle<()>, StartError> {
         let shared = Arc::clone(&self.shared);
-        let thread = thread::Builder::new()
+        thread::Builder::new()
             .name(name)
             .spawn(move || work(shared))
-            .map_err(StartError::Os)?;
-        self.threads.push(thread);
-        Ok(())
+            .map_err(StartError::Os)
     }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
         self.shared.closing.store(true, Relaxed);
-        self.shared.stop();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a pager thread panicked");
-            }
+        self.shared.schedule.stop();
+        // The fault thread last: the others cannot install what they have while an event is unread.
+        join(self.workers.drain(..));
+        self.shared.stop_fault_thread();
+        join(self.fault_thread.take());
+    }
+}
+
+fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("a pager thread panicked");
         }
     }
 }
@@ -377,7 +411,7 @@ impl Shared {
         }
     }
 
-    /// Tells of the first failure. What it was about stays absent, and whoever waits for it keeps waiting: anything else
+    /// Tells of the first failure. What it was about is never installed, and whoever waits for it keeps waiting: anything else
     /// would be an invented page.
     fn fail(&self, error: PagerError) {
         if !self.failed.swap(true, AcqRel) {
@@ -435,7 +469,7 @@ impl Shared {
         // the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
         self.wake(self.states.all());
         let populated = self.populated_huge_pages();
-        self.states.settle_absent_as_zero();
+        self.states.settle_rest_as_zero();
         self.record_waiting(self.states.all());
         let _ = self.all_present_at.set(Instant::now());
         (self.observer)(Notice::AllPagesPresent);
@@ -467,8 +501,7 @@ impl Shared {
             .collect()
     }
 
-    fn stop(&self) {
-        self.schedule.stop();
+    fn stop_fault_thread(&self) {
         // The counter cannot overflow, so the write cannot fail.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
     }
@@ -503,6 +536,17 @@ impl FaultThread {
 
     fn run(mut self) {
         let shared = Arc::clone(&self.shared);
+        let result = self.serve();
+        // What cannot be installed now never will be: whoever tries gives up.
+        shared.events_ended.store(true, Release);
+        if let Err(error) = result {
+            shared.fail(PagerError::Events(error));
+        }
+    }
+
+    /// Serves faults until told to stop; an error says that events can no longer be read.
+    fn serve(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
         loop {
             let mut ready = [
                 PollFd::from_borrowed_fd(shared.uffd.as_fd(), PollFlags::IN),
@@ -510,15 +554,13 @@ impl FaultThread {
             ];
             match rustix::event::poll(&mut ready, None) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return shared.fail(PagerError::Events(errno.into())),
+                Err(errno) => return Err(errno.into()),
             }
             if !ready[1].revents().is_empty() {
-                return;
+                return Ok(());
             }
             let since = Instant::now();
-            if let Err(error) = self.read_events() {
-                return shared.fail(PagerError::Events(error));
-            }
+            self.read_events()?;
             while let Some(fault) = self.faults.pop() {
                 if let Err(error) = self.answer(fault, since) {
                     shared.fail(error);
@@ -699,7 +741,9 @@ impl Shared {
         }
         let first = PageIndex::containing(start.0 - region.start.0);
         let pages = PageRange::new(first, (end.0 - start.0) / PAGE_SIZE as u64);
-        self.states.remove(pages);
+        if !self.states.remove(pages) {
+            self.fail(PagerError::PartlyRemoved { pages });
+        }
         // Who waits for content that is now not going to be installed looks again, and finds a removed page.
         self.wake(pages);
         self.record_waiting(pages);

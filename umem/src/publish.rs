@@ -26,7 +26,18 @@ pub enum Existing {
 
 impl UnnamedFile {
     /// A file that is going to be `target`, on the same file system.
+    ///
+    /// Fails where `target` is there and is no file: nothing else is ever replaced.
     pub fn create(target: &Path) -> io::Result<Self> {
+        if let Ok(metadata) = target.symlink_metadata()
+            && !metadata.is_file()
+            && !metadata.is_symlink()
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "it exists and is no regular file",
+            ));
+        }
         let directory = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -77,6 +88,16 @@ mod tests {
         assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
         unnamed.publish(Existing::Keep).unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_is_no_file_is_never_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&target).unwrap();
+        assert!(UnnamedFile::create(&target).is_err());
+        assert!(UnnamedFile::create(directory.path()).is_err());
+        assert!(target.exists());
     }
 
     #[test]

@@ -134,12 +134,12 @@ impl Region {
             ),
         };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let address = Reservation::aligned(length).map_err(fail("mmap"))?;
         let (start, memfd) = match backing {
             Backing::Anonymous => {
-                let flags = MapFlags::PRIVATE | map_flags;
-                // SAFETY: a new mapping at an address of the kernel's choice.
-                let start =
-                    unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, protection, flags) };
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED | map_flags;
+                // SAFETY: replaces nothing but the reservation.
+                let start = unsafe { rustix::mm::mmap_anonymous(address.start, length, protection, flags) };
                 (start.map_err(fail("mmap"))?, None)
             }
             Backing::Memfd => {
@@ -149,13 +149,14 @@ impl Region {
                 // A file that cannot become shorter is a mapping that cannot raise SIGBUS.
                 rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)
                     .map_err(fail("fcntl(F_ADD_SEALS)"))?;
-                let flags = MapFlags::SHARED | map_flags.difference(MapFlags::HUGETLB | MapFlags::HUGE_2MB);
-                // SAFETY: a new mapping at an address of the kernel's choice.
-                let start =
-                    unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, &memfd, 0) };
+                let huge = MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+                let flags = MapFlags::SHARED | MapFlags::FIXED | map_flags.difference(huge);
+                // SAFETY: replaces nothing but the reservation.
+                let start = unsafe { rustix::mm::mmap(address.start, length, protection, flags, &memfd, 0) };
                 (start.map_err(fail("mmap"))?, Some(memfd))
             }
         };
+        address.release_rest();
         let region = Self {
             start: start.cast(),
             size: length,
@@ -301,7 +302,58 @@ impl Region {
     pub fn collapse(&self, pages: PageRange) {
         let start = self.addresses(pages).start.0;
         // SAFETY: MADV_COLLAPSE changes how memory is backed, not what it holds.
-        let _ = unsafe { libc::madvise(start as *mut _, pages.bytes(), libc::MADV_COLLAPSE) };
+        if unsafe { libc::madvise(start as *mut _, pages.bytes(), libc::MADV_COLLAPSE) } != 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), %pages, "not backed by a huge page");
+        }
+    }
+}
+
+/// Address space that begins at a multiple of 2 MiB, where huge pages can be, with what was left over to find it.
+struct Reservation {
+    mapped: *mut std::ffi::c_void,
+    mapped_length: usize,
+    start: *mut std::ffi::c_void,
+    length: usize,
+}
+
+impl Reservation {
+    fn aligned(length: usize) -> Result<Self, Errno> {
+        let mapped_length = length.checked_add(HUGE_PAGE_SIZE).ok_or(Errno::NOMEM)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice, which nobody can use.
+        let mapped = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), mapped_length, ProtFlags::empty(), flags)
+        }?;
+        let start = mapped.map_addr(|address| address.next_multiple_of(HUGE_PAGE_SIZE));
+        Ok(Self {
+            mapped,
+            mapped_length,
+            start,
+            length,
+        })
+    }
+
+    /// Keeps what is at the aligned address and gives back the rest.
+    fn release_rest(self) {
+        let before = self.start.addr() - self.mapped.addr();
+        // SAFETY: both ends are of this reservation, and nothing else was mapped there.
+        unsafe {
+            if before > 0 {
+                let _ = rustix::mm::munmap(self.mapped, before);
+            }
+            let _ = rustix::mm::munmap(
+                self.start.byte_add(self.length),
+                self.mapped_length - before - self.length,
+            );
+        }
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: nothing of it was handed out.
+        let _ = unsafe { rustix::mm::munmap(self.mapped, self.mapped_length) };
     }
 }
 

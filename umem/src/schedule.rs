@@ -29,6 +29,8 @@ struct Inner {
     outstanding: usize,
     /// Counts what background waits for.
     progress: u64,
+    /// Threads that wait for `background`: waking nobody is a system call all the same.
+    waiting: usize,
     stopped: bool,
 }
 
@@ -42,6 +44,7 @@ impl Schedule {
             queue: VecDeque::with_capacity(CAPACITY),
             outstanding: 0,
             progress: 0,
+            waiting: 0,
             stopped: false,
         };
         Self {
@@ -79,26 +82,23 @@ impl Schedule {
         let mut inner = self.lock();
         inner.outstanding -= 1;
         inner.progress += 1;
-        drop(inner);
-        self.background.notify_all();
+        self.wake_background(inner);
     }
 
     /// The gate: waits until no demand is outstanding.
     pub(crate) fn pass_gate(&self) -> Result<(), Stopped> {
         let mut inner = self.lock();
         while inner.outstanding > 0 && !inner.stopped {
-            inner = self
-                .background
-                .wait(inner)
-                .unwrap_or_else(PoisonError::into_inner);
+            inner = self.wait_in_background(inner);
         }
         if inner.stopped { Err(Stopped) } else { Ok(()) }
     }
 
     /// Somebody may find settled now what was not before.
     pub(crate) fn note_progress(&self) {
-        self.lock().progress += 1;
-        self.background.notify_all();
+        let mut inner = self.lock();
+        inner.progress += 1;
+        self.wake_background(inner);
     }
 
     /// How much progress was noted so far, to be given to [`Self::wait_for_progress`].
@@ -110,12 +110,27 @@ impl Schedule {
     pub(crate) fn wait_for_progress(&self, seen: u64) -> Result<(), Stopped> {
         let mut inner = self.lock();
         while inner.progress == seen && !inner.stopped {
-            inner = self
-                .background
-                .wait(inner)
-                .unwrap_or_else(PoisonError::into_inner);
+            inner = self.wait_in_background(inner);
         }
         if inner.stopped { Err(Stopped) } else { Ok(()) }
+    }
+
+    fn wait_in_background<'a>(&self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        inner.waiting += 1;
+        let mut inner = self
+            .background
+            .wait(inner)
+            .unwrap_or_else(PoisonError::into_inner);
+        inner.waiting -= 1;
+        inner
+    }
+
+    fn wake_background(&self, inner: MutexGuard<'_, Inner>) {
+        let waiting = inner.waiting > 0;
+        drop(inner);
+        if waiting {
+            self.background.notify_all();
+        }
     }
 
     /// Ends the work of all who wait here.

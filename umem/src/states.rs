@@ -245,12 +245,19 @@ impl PageStates {
             .is_ok()
     }
 
-    /// The memory of all units that `range` touches was given back.
-    pub fn remove(&self, range: PageRange) {
+    /// The memory of `range` was given back. A unit of which only a part was given back stays what it is; false: one of those
+    /// is not settled, so that the rest of it cannot be told from what was given back.
+    pub fn remove(&self, range: PageRange) -> bool {
+        let mut told_apart = true;
         for unit in self.units(range) {
-            // Refused where it is removed already.
-            let _ = self.change(unit, |entry| (entry != Entry::REMOVED).then_some(Entry::REMOVED));
+            if unit.start >= range.start && unit.end() <= range.end() {
+                // Refused where it is removed already.
+                let _ = self.change(unit, |entry| (entry != Entry::REMOVED).then_some(Entry::REMOVED));
+            } else {
+                told_apart &= self.is_settled(unit.start);
+            }
         }
+        told_apart
     }
 
     /// A settled unit that had no memory was given zero pages: a removed one that was used again, or a present one whose
@@ -262,12 +269,13 @@ impl PageStates {
         .is_ok()
     }
 
-    /// Whatever is still absent is zero, and from now on the kernel's to fill: it counts as present zero pages.
-    pub fn settle_absent_as_zero(&self) {
+    /// Whatever is not settled is zero, and from now on the kernel's to fill: it counts as present zero pages, also where a
+    /// fetch is still under way.
+    pub fn settle_rest_as_zero(&self) {
         for unit in self.units(self.all()) {
-            // Refused where it is not absent.
+            // Refused where it is settled.
             let _ = self.change(unit, |entry| {
-                (entry == Entry::ABSENT).then_some(Entry::present(Arrival::Zero))
+                (!entry.is_settled()).then_some(Entry::present(Arrival::Zero))
             });
         }
     }
@@ -289,7 +297,10 @@ impl PageStates {
         StateCounts {
             absent: unsettled - in_flight,
             in_flight,
-            present: self.by_arrival.iter().map(|count| count.load(Acquire)).sum(),
+            present: self
+                .by_arrival
+                .iter()
+                .fold(0, |sum, count| sum.wrapping_add(count.load(Acquire))),
             removed: self.removed.load(Acquire),
         }
     }
@@ -330,7 +341,7 @@ impl PageStates {
         if let Some(count) = self.counter(old) {
             count.fetch_sub(self.unit, AcqRel);
         }
-        // Last, and moved by settling alone: it falls to zero once, when every other count is right.
+        // Last, and moved by settling alone: it falls to zero once.
         if !old.is_settled() && new.is_settled() {
             self.unsettled.fetch_sub(self.unit, AcqRel);
         }
@@ -359,7 +370,7 @@ mod tests {
         Cancel,
         Remove,
         Touch,
-        SettleAbsent,
+        SettleRest,
     }
 
     fn steps() -> impl Strategy<Value = Vec<(u64, Step)>> {
@@ -370,7 +381,7 @@ mod tests {
             1 => Just(Step::Cancel),
             2 => Just(Step::Remove),
             2 => Just(Step::Touch),
-            1 => Just(Step::SettleAbsent),
+            1 => Just(Step::SettleRest),
         ];
         prop::collection::vec((0..8u64, step), 0..200)
     }
@@ -384,7 +395,7 @@ mod tests {
             (InFlight, Step::Cancel) => ((Absent, None), true),
             (_, Step::Remove) => ((Removed, None), true),
             (Present | Removed, Step::Touch) => ((Present, Some(Arrival::Zero)), true),
-            (_, Step::SettleAbsent) => (now, true),
+            (_, Step::SettleRest) => (now, true),
             _ => (now, false),
         }
     }
@@ -401,18 +412,20 @@ mod tests {
                     Step::Claim => table.claim(range) == Claim::Granted,
                     Step::Arrive(how) => table.arrive(range, how),
                     Step::Cancel => table.cancel(range),
-                    Step::Remove => { table.remove(range); true }
+                    Step::Remove => table.remove(range),
                     Step::Touch => table.touch(range),
-                    Step::SettleAbsent => {
-                        table.settle_absent_as_zero();
+                    Step::SettleRest => {
+                        table.settle_rest_as_zero();
                         for page in &mut model {
-                            if page.0 == PageState::Absent { *page = (PageState::Present, Some(Arrival::Zero)); }
+                            if matches!(page.0, PageState::Absent | PageState::InFlight) {
+                                *page = (PageState::Present, Some(Arrival::Zero));
+                            }
                         }
                         true
                     }
                 };
                 prop_assert_eq!(got, answer, "{:?} on {:?}", step, model[index as usize]);
-                if !matches!(step, Step::SettleAbsent) { model[index as usize] = next; }
+                if !matches!(step, Step::SettleRest) { model[index as usize] = next; }
 
                 let of = |state| model.iter().filter(|page| page.0 == state).count() as u64 * unit;
                 prop_assert_eq!(table.counts(), StateCounts {

@@ -2,112 +2,21 @@
 
 #![allow(clippy::unwrap_used)] // a test's helpers panic as its tests do
 
+mod common;
+
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::{Duration, Instant};
 
-use umem::image::{Image, ImageWriter};
-use umem::pager::{Fill, Notice, Pager, PagerStats};
-use umem::publish::Existing;
+use common::{
+    BACKINGS, Fixture, Random, assert_all_present, eventually, expected, image, read_page, shuffled, start,
+};
+use umem::pager::Fill;
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::zero::ZeroSource;
 use umem::source::{Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
-
-const BACKINGS: [Backing; 2] = [Backing::Memfd, Backing::Anonymous];
-
-/// What belongs to `page`: its index and a constant, in its first and last words. Every fifth page is zero.
-fn expected(page: u64) -> [u8; PAGE_SIZE] {
-    let mut content = [0; PAGE_SIZE];
-    if !page.is_multiple_of(5) {
-        content[..8].copy_from_slice(&(page ^ 0x5555).to_le_bytes());
-        content[PAGE_SIZE - 8..].copy_from_slice(&page.to_le_bytes());
-    }
-    content
-}
-
-fn image(pages: u64) -> (tempfile::TempDir, Image) {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("image");
-    let mut writer = ImageWriter::create(&path, pages * PAGE_SIZE as u64).unwrap();
-    for page in 0..pages {
-        writer.write_page(PageIndex(page), &expected(page)).unwrap();
-    }
-    writer.finish(b"", Existing::Keep).unwrap();
-    (directory, Image::open(&path).unwrap())
-}
-
-fn read_page(region: &Region, page: u64) -> [u8; PAGE_SIZE] {
-    assert!(page < region.pages());
-    let mut content = [0; PAGE_SIZE];
-    // SAFETY: within the region, which outlives the call. Nobody writes to it but through atomics of whole words.
-    unsafe {
-        let from = region.start().add(page as usize * PAGE_SIZE);
-        std::ptr::copy_nonoverlapping(from, content.as_mut_ptr(), PAGE_SIZE);
-    }
-    content
-}
-
-struct Fixture {
-    pager: Pager,
-    region: Arc<Region>,
-    notices: Receiver<Notice>,
-}
-
-fn start(source: Arc<dyn PageSource>, pages: u64, backing: Backing, size: PageSize, fill: Fill) -> Fixture {
-    let region = Arc::new(Region::new(pages * PAGE_SIZE as u64, backing, size).unwrap());
-    let (sender, notices) = channel();
-    let pager = Pager::start(Arc::clone(&region), source, fill, move |notice| {
-        let _ = sender.send(notice);
-    })
-    .unwrap();
-    Fixture {
-        pager,
-        region,
-        notices,
-    }
-}
-
-fn assert_all_present(notices: &Receiver<Notice>) {
-    match notices.recv().unwrap() {
-        Notice::AllPagesPresent => {}
-        Notice::Failed(error) => panic!("{error:?}"),
-    }
-}
-
-/// The pager counts what it did after it has woken who waited, so a reader may be ahead of the counts for a moment.
-fn eventually(pager: &Pager, right: impl Fn(&PagerStats) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !right(&pager.stats()) {
-        assert!(Instant::now() < deadline, "{:?}", pager.stats());
-        thread::yield_now();
-    }
-}
-
-/// A walk over `0..n` in an order without pattern.
-fn shuffled(n: u64, seed: u64) -> impl Iterator<Item = u64> {
-    let mut order: Vec<u64> = (0..n).collect();
-    let mut random = Random(seed);
-    for i in (1..order.len()).rev() {
-        order.swap(i, random.below(i as u64 + 1) as usize);
-    }
-    order.into_iter()
-}
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-}
 
 #[test]
 fn every_page_comes_on_demand_and_umem_leaves() {
@@ -414,43 +323,6 @@ fn a_dropped_page_never_shows_its_old_content() {
             stats.states.present,
             "seed {seed}"
         );
-    }
-}
-
-#[test]
-fn a_page_that_fails_its_checksum_is_never_installed() {
-    use std::os::unix::fs::FileExt;
-    const PAGES: u64 = 64;
-    for fill in [Fill::Off, Fill::Sequential] {
-        let (directory, _) = image(PAGES);
-        let path = directory.path().join("image");
-        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-        file.write_all_at(&[0x80], 13 * PAGE_SIZE as u64 + 100).unwrap();
-        let source = Arc::new(FileSource::new(Image::open(&path).unwrap(), Checksums::On));
-        let Fixture {
-            pager,
-            region,
-            notices,
-        } = start(source, PAGES, Backing::Memfd, PageSize::Small, fill);
-        let touched = Arc::new(AtomicBool::new(false));
-        let toucher = {
-            let (region, touched) = (Arc::clone(&region), Arc::clone(&touched));
-            thread::spawn(move || {
-                read_page(&region, 13);
-                touched.store(true, SeqCst);
-            })
-        };
-        match notices.recv().unwrap() {
-            Notice::Failed(error) => {
-                let message = std::error::Error::source(&*error).unwrap().to_string();
-                assert!(message.contains("page 13 "), "{message}");
-            }
-            Notice::AllPagesPresent => panic!("a wrong page was taken"),
-        }
-        assert!(!touched.load(SeqCst), "the thread that touched the page went on");
-        // Only the end of the userfaultfd lets it go, and then it must not matter any more what it reads.
-        drop(pager);
-        toucher.join().unwrap();
     }
 }
 

@@ -157,12 +157,13 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     clock.lap("vm");
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
-    let noticed = Arc::new(Noticed::default());
-    let pager = start_pager(config, &region, &noticed, event_loop.stopper())?;
+    let failure = Arc::new(OnceLock::new());
+    let pager = start_pager(config, &region, &failure, event_loop.stopper())?;
     clock.lap("memory");
 
     let memory = GuestMemory::new(region, config.ram, read_only_pages(config)?);
-    // SAFETY: `memory` is dropped after the VM and its vCPUs, or never (at the end of this function).
+    // SAFETY: nothing that the guest could see goes away while a vCPU may run: at the end of this function all vCPUs are closed,
+    // or the memory is never given back. (The pager goes before the VM does, whose end may wait for pages.)
     unsafe { memory.map_into(&vm) }?;
     clock.lap("slots");
 
@@ -196,13 +197,13 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     drop(kicks);
     let all_stopped = all_ended.recv_timeout(VCPU_GRACE) == Err(RecvTimeoutError::Disconnected);
 
-    let since_start = |at: &Instant| milliseconds(at.duration_since(started));
-    report.time_to_first_instruction_ms = running.first_instruction.get().map(since_start);
-    report.time_to_all_pages_ms = noticed.all_pages.get().map(since_start);
+    report.time_to_first_instruction_ms = running
+        .first_instruction
+        .get()
+        .map(|at| milliseconds(at.duration_since(started)));
     report.setup_ms = clock.laps;
-    report.set_pager(&pager);
-    let resident = pager.region().populated().unwrap_or(0);
-    report.process = own_memory(config, resident, pager.table_size());
+    report.set_pager(&pager, started);
+    report.process = own_memory(config, pager.region(), pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
 
@@ -214,34 +215,25 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    match noticed.failure.get() {
-        Some(error) => Ok(Outcome::PagerFailed(Arc::clone(error))),
-        None => Ok(Outcome::Ended(ending?)),
-    }
-}
-
-/// What the pager said.
-#[derive(Default)]
-struct Noticed {
-    all_pages: OnceLock<Instant>,
-    failure: OnceLock<Arc<PagerError>>,
+    Ok(match (ending?, failure.get()) {
+        // Whatever else ended the VM came before the failure.
+        (Ending::Stopped, Some(error)) => Outcome::PagerFailed(Arc::clone(error)),
+        (ending, _) => Outcome::Ended(ending),
+    })
 }
 
 fn start_pager(
     config: &MachineConfig,
     region: &Arc<Region>,
-    noticed: &Arc<Noticed>,
+    failure: &Arc<OnceLock<Arc<PagerError>>>,
     stopper: Stopper,
 ) -> Result<Pager, StartError> {
-    let noticed = Arc::clone(noticed);
+    let failure = Arc::clone(failure);
     let observer = move |notice| match notice {
-        Notice::AllPagesPresent => {
-            // Told once.
-            let _ = noticed.all_pages.set(Instant::now());
-        }
+        Notice::AllPagesPresent => tracing::info!("all pages are present"),
         Notice::Failed(error) => {
-            // Told once, and before the end: where there is a failure, the ending does not count.
-            let _ = noticed.failure.set(error);
+            // Told once, and before the end that it makes.
+            let _ = failure.set(error);
             stopper.end(Ending::Stopped);
         }
     };
@@ -336,26 +328,29 @@ fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
 }
 
 /// Resident memory of this process that is not the guest's.
-fn own_memory(config: &MachineConfig, resident: u64, page_state_table: u64) -> Option<Process> {
+fn own_memory(config: &MachineConfig, region: &Region, page_state_table: u64) -> Option<Process> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = |key: &str| -> Option<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-        line.trim_start_matches(':')
-            .trim()
-            .trim_end_matches(" kB")
-            .parse()
-            .ok()
-    };
-    // Not shared memory: that is the guest's memfd and nothing else. Huge pages are in no count.
-    let own = kib("RssAnon")? + kib("RssFile")?;
-    let guest = match (config.backing, config.page_size) {
-        (Backing::Anonymous, PageSize::Small) => resident * PAGE_SIZE / 1024,
-        _ => 0,
+    // Not shared memory: that is the guest's memfd and nothing else. Huge pages from the reserve are in no count.
+    let own = kib_in(&status, "RssAnon:") + kib_in(&status, "RssFile:");
+    let guest = match config.backing {
+        Backing::Anonymous => {
+            let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+            let start = format!("{:x}-", region.all_addresses().start.0);
+            kib_in(&maps[maps.find(&start)?..], "Anonymous:")
+        }
+        Backing::Memfd => 0,
     };
     Some(Process {
         own_memory_kib: own.saturating_sub(guest),
         page_state_table_kib: page_state_table.div_ceil(1024),
     })
+}
+
+/// The first number of KiB behind `key` in a file of /proc.
+fn kib_in(text: &str, key: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok())
+        .unwrap_or(0)
 }
 
 /// Where the time before the first instruction goes.

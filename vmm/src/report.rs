@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
@@ -123,9 +123,12 @@ pub struct Process {
 }
 
 impl Report {
-    /// Takes over what `pager` counted.
-    pub fn set_pager(&mut self, pager: &Pager) {
+    /// Takes over what `pager` counted. `started` is when the process began.
+    pub fn set_pager(&mut self, pager: &Pager, started: Instant) {
         let stats = pager.stats();
+        self.time_to_all_pages_ms = stats
+            .all_present_at
+            .map(|at| milliseconds(at.duration_since(started)));
         self.pages = Some(Pages {
             total: pager.region().pages(),
             populated_at_start: stats.populated_at_start,
@@ -189,7 +192,9 @@ impl ReportTarget {
     pub fn new(path: &Path) -> Result<Self, ReportError> {
         // What is reached by a link is replaced, and not the link. A name that only stands for an open file (/dev/stdout)
         // cannot be replaced, whatever file that is.
-        let stands_for_another = path.starts_with("/dev") || path.starts_with("/proc");
+        let stands_for_another = ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"]
+            .iter()
+            .any(|name| path.starts_with(name));
         let path = path
             .canonicalize()
             .ok()

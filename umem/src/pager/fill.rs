@@ -78,17 +78,24 @@ impl Shared {
 
     fn fill_run(&self, pages: PageRange, buffer: &mut [u8]) -> Result<(), PagerError> {
         let buffer = &mut buffer[..pages.bytes()];
-        let content = self
-            .source
-            .read(pages, buffer)
-            .map_err(|error| self.source_error(error))?;
-        self.deliver(
-            Fetched {
-                pages,
-                content,
-                buffer,
-            },
-            Arrival::Prefetched,
-        )
+        match self.source.read(pages, buffer) {
+            Ok(content) => self.deliver(
+                Fetched {
+                    pages,
+                    content,
+                    buffer,
+                },
+                Arrival::Prefetched,
+            ),
+            Err(error) => {
+                // One page of them cannot be had. Who waits for another asks again, for that one alone.
+                for unit in self.states.units(pages) {
+                    self.states.cancel(unit);
+                }
+                self.wake(pages);
+                self.record_waiting(pages);
+                Err(self.source_error(error))
+            }
+        }
     }
 }

@@ -54,6 +54,9 @@ impl Shared {
             drop(not_reading);
             self.record_waiting(installed);
             if installed.count == 0 {
+                if self.events_ended.load(Acquire) {
+                    return Ok(());
+                }
                 // The fault thread is about to read the event that is in the way.
                 std::thread::yield_now();
             }
@@ -87,11 +90,10 @@ impl Shared {
             _ if done > 0 => Ok(done / PAGE_SIZE as u64),
             None => Ok(pages.count),
             Some(InstallError::Changing) => Ok(0),
+            // Pages in flight are installed by who claimed them and by nobody else.
             Some(InstallError::Exists) => {
-                // Somebody else was faster. Who waits for it must be woken by us: the kernel has not done it.
-                self.wake(PageRange::new(pages.start, unit));
                 self.duplicate.fetch_add(unit, Relaxed);
-                Ok(unit)
+                Err(PagerError::Unaccounted { page: pages.start })
             }
             // The region was released while these zero pages were on their way: the kernel has filled them in.
             Some(InstallError::NotRegistered) if bytes.is_none() && self.released.load(Acquire) => {

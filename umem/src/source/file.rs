@@ -46,7 +46,9 @@ impl FileSource {
 
     fn get(&self, pages: PageRange, wait: Wait, buffer: &mut [u8]) -> Result<Option<Content>, SourceError> {
         let content = match self.checksums {
-            Checksums::On => self.get_checked(pages, wait, buffer)?,
+            // A demand fault is for one page: it does not pay for room for 512 checksums.
+            Checksums::On if pages.count == 1 => self.get_checked(pages, wait, buffer, &mut [0; 1])?,
+            Checksums::On => self.get_checked(pages, wait, buffer, &mut [0; STEP])?,
             Checksums::Off => self.image.read(pages, wait, buffer)?.map(|()| Content::Data),
         };
         if content.is_some() {
@@ -63,12 +65,12 @@ impl FileSource {
         pages: PageRange,
         wait: Wait,
         buffer: &mut [u8],
+        expected: &mut [u64],
     ) -> Result<Option<Content>, SourceError> {
         let mut content = Content::Zero;
         let mut at = pages.start;
         while at < pages.end() {
-            let step = PageRange::new(at, STEP as u64).clamp_to(pages.end());
-            let mut expected = [0; STEP];
+            let step = PageRange::new(at, expected.len() as u64).clamp_to(pages.end());
             let expected = &mut expected[..step.count as usize];
             if self.image.checksums(step, wait, expected)?.is_none() {
                 return Ok(None);
@@ -114,7 +116,11 @@ impl PageSource for FileSource {
     }
 
     fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
-        Ok(self.image.next_data(from)?)
+        // What is a hole in the file is zero only if the checksums agree: it may be damage.
+        Ok(match self.checksums {
+            Checksums::On => self.image.next_with_checksum(from)?,
+            Checksums::Off => self.image.next_data(from)?,
+        })
     }
 
     fn stats(&self) -> SourceStats {

@@ -6,7 +6,7 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 use umem::uffd::{Features, Userfaultfd};
 
-use super::error::CommandError;
+use super::error::{CommandError, chain};
 use super::options::Size;
 use crate::kvm::Host;
 
@@ -109,7 +109,7 @@ fn check_kvm(items: &mut Vec<Item>) {
         Ok(host) => host,
         Err(error) => {
             // The message is "what is wrong; what to do".
-            let text = error.to_string();
+            let text = chain(&error);
             let (found, fix) = text.split_once("; ").unwrap_or((&text, "see the kernel log"));
             items.push(Item::lacking("/dev/kvm", Status::Missing, found, fix));
             return;
@@ -141,7 +141,7 @@ fn check_userfaultfd(items: &mut Vec<Item>) {
     let features = match Userfaultfd::probe() {
         Ok(features) => features,
         Err(error) => {
-            let text = error.to_string();
+            let text = chain(&error);
             let (found, fix) = text.split_once(": ").unwrap_or((&text, "see the kernel log"));
             items.push(Item::lacking("userfaultfd", Status::Missing, found, fix));
             return;

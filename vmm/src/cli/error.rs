@@ -129,21 +129,21 @@ impl CommandError {
             Self::HostLacks(_) => exit_code::HOST,
         }
     }
+}
 
-    /// All causes in one line, outermost first, none twice.
-    pub(super) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let message = error.to_string();
-            // An error that only passes on another has that one's message.
-            if !text.ends_with(&message) {
-                let _ = write!(text, ": {message}");
-            }
-            cause = error.source();
+/// An error and all its causes in one line, outermost first, none twice.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        // An error that only passes on another has that one's message.
+        if !text.ends_with(&message) {
+            let _ = write!(text, ": {message}");
         }
-        text
+        cause = error.source();
     }
+    text
 }
 
 fn machine_exit_code(error: &MachineError) -> u8 {
@@ -186,9 +186,10 @@ fn pager_exit_code(error: &PagerError) -> u8 {
             source: SourceError::Lost(_),
             ..
         } => exit_code::SOURCE_LOST,
-        PagerError::Install { .. } | PagerError::Unaccounted { .. } | PagerError::Events(_) => {
-            exit_code::RUNTIME
-        }
+        PagerError::Install { .. }
+        | PagerError::Unaccounted { .. }
+        | PagerError::PartlyRemoved { .. }
+        | PagerError::Events(_) => exit_code::RUNTIME,
     }
 }
 
@@ -220,7 +221,7 @@ mod tests {
             path: "x".into(),
             source,
         });
-        let chain = error.chain();
+        let chain = chain(&error);
         assert_eq!(
             chain,
             "cannot read image 'x': No such file or directory (os error 2)"

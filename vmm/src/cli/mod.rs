@@ -13,7 +13,7 @@ use std::time::Instant;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use error::{CommandError, exit_code};
+use error::{CommandError, chain, exit_code};
 
 /// Runs KVM virtual machines whose memory is still somewhere else.
 #[derive(Debug, Parser)]
@@ -78,7 +78,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => exit_code::OK.into(),
         Err(error) => {
-            eprintln!("umem: {}", error.chain());
+            eprintln!("umem: {}", chain(&error));
             error.exit_code().into()
         }
     }

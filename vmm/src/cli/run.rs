@@ -12,7 +12,7 @@ use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
 use umem::source::zero::ZeroSource;
 
-use super::error::{CommandError, exit_code};
+use super::error::{CommandError, chain, exit_code};
 use super::options::{KeyValues, OptionError, SWITCH, Size, SourceUrl};
 use crate::address_map::RamMap;
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
@@ -65,7 +65,7 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
     if report.outcome.is_empty() {
         report.outcome = "error";
     }
-    report.error = result.as_ref().err().map(CommandError::chain);
+    report.error = result.as_ref().err().map(|error| chain(error));
     report.total_ms = milliseconds(started.elapsed());
     let written = target.map_or(Ok(()), |target| report.write(target));
     match (result, written) {
@@ -73,7 +73,7 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
         (Err(error), Ok(())) => Err(error),
         (Err(error), Err(report_error)) => {
             // The first error is the one to end with; the second must not go unsaid.
-            eprintln!("umem: {}", CommandError::from(report_error).chain());
+            eprintln!("umem: {}", chain(&report_error));
             Err(error)
         }
     }
