@@ -93,14 +93,14 @@ fn a_page_with_a_flipped_bit() {
 #[test]
 fn a_page_that_became_a_hole() {
     never_served(1026, |path| {
-        punch_hole(path, 1024 * PAGE_SIZE as u64, 16 * PAGE_SIZE as u64)
+        punch_hole(path, 1024 * PAGE_SIZE as u64, 16 * PAGE_SIZE as u64);
     });
 }
 
 #[test]
 fn pages_whose_block_of_checksums_became_a_hole() {
     never_served(7, |path| {
-        punch_hole(path, PAGES * PAGE_SIZE as u64, PAGE_SIZE as u64)
+        punch_hole(path, PAGES * PAGE_SIZE as u64, PAGE_SIZE as u64);
     });
 }
 
@@ -112,7 +112,7 @@ fn an_image_that_was_truncated() {
             .open(path)
             .unwrap()
             .set_len(0)
-            .unwrap()
+            .unwrap();
     });
 }
 

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use tracing_subscriber::EnvFilter;
 
 use error::{CommandError, chain, exit_code};
@@ -51,9 +52,13 @@ enum Verb {
 /// The program: reads the command line, does what it says, answers with the exit code.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    // A thread that panics would leave the others waiting for it for ever.
+    // A thread that panics would leave the others waiting for it for ever; and the terminal as the guest wants it.
     let default_hook = std::panic::take_hook();
+    let terminal = tcgetattr(std::io::stdin()).ok();
     std::panic::set_hook(Box::new(move |panic| {
+        if let Some(terminal) = &terminal {
+            let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, terminal);
+        }
         default_hook(panic);
         std::process::exit(exit_code::RUNTIME.into());
     }));
@@ -72,8 +77,14 @@ pub fn main() -> ExitCode {
     };
     let result = start_log(&command_line.log).and_then(|()| match &command_line.verb {
         Verb::Run(options) => run::run(options, started),
-        Verb::Image { verb } => image::run(verb),
-        Verb::Check(options) => check::run(options),
+        Verb::Image { verb } => {
+            end_when_nobody_reads();
+            image::run(verb)
+        }
+        Verb::Check(options) => {
+            end_when_nobody_reads();
+            check::run(options)
+        }
     });
     match result {
         Ok(()) => exit_code::OK.into(),
@@ -82,6 +93,12 @@ pub fn main() -> ExitCode {
             error.exit_code().into()
         }
     }
+}
+
+/// Commands whose output is what they are for end quietly when nobody reads on, as programs in a pipeline do.
+fn end_when_nobody_reads() {
+    // SAFETY: no other thread is running yet, and no handler of this program is replaced.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 fn start_log(options: &LogOptions) -> Result<(), CommandError> {
