@@ -11,6 +11,9 @@ pub(crate) const CHECKSUMS_PER_BLOCK: u64 = (PAGE_SIZE / 8) as u64;
 /// Blocks kept in memory: at most 2 MiB of them, the checksums of 1 GiB.
 const SLOTS: u64 = 512;
 
+/// The checksums of a block.
+pub(crate) type Block = [u64; CHECKSUMS_PER_BLOCK as usize];
+
 /// The table behind a bounded cache, in which a block has one place.
 #[derive(Debug)]
 pub(crate) struct ChecksumTable {
@@ -65,22 +68,39 @@ impl ChecksumTable {
             if self.blocks[block as usize] == 0 {
                 target.fill(0);
             } else if !self.lock().copy_out(block, first, target) {
-                let length =
-                    ((self.pages - block * CHECKSUMS_PER_BLOCK).min(CHECKSUMS_PER_BLOCK) * 8) as usize;
-                let mut bytes = [0; PAGE_SIZE];
-                if read(self.offset + block * PAGE_SIZE as u64, &mut bytes[..length], page)?.is_none() {
+                let Some(checksums) =
+                    self.read_block(block, |offset, bytes| read(offset, bytes, page), || damaged(page))?
+                else {
                     return Ok(None);
-                }
-                if checksum(&bytes[..length]) != self.blocks[block as usize] {
-                    return Err(damaged(page));
-                }
+                };
                 let mut cache = self.lock();
-                cache.keep(block, words(&bytes));
+                cache.keep(block, &checksums);
                 cache.copy_out(block, first, target);
             }
             page = page.advance(count as u64);
         }
         Ok(Some(()))
+    }
+
+    /// Reads a block, also one that is known to be zero, and checks it.
+    pub(crate) fn read_block<E>(
+        &self,
+        block: u64,
+        read: impl FnOnce(u64, &mut [u8]) -> Result<Option<()>, E>,
+        damaged: impl FnOnce() -> E,
+    ) -> Result<Option<Block>, E> {
+        let length = ((self.pages - block * CHECKSUMS_PER_BLOCK).min(CHECKSUMS_PER_BLOCK) * 8) as usize;
+        let mut bytes = [0; PAGE_SIZE];
+        if read(self.offset + block * PAGE_SIZE as u64, &mut bytes[..length])?.is_none() {
+            return Ok(None);
+        }
+        if checksum(&bytes[..length]) != self.blocks[block as usize] {
+            return Err(damaged());
+        }
+        let words = bytes.as_chunks::<8>().0;
+        Ok(Some(std::array::from_fn(|index| {
+            u64::from_le_bytes(words[index])
+        })))
     }
 
     fn lock(&self) -> MutexGuard<'_, Cache> {
@@ -104,15 +124,11 @@ impl Cache {
         here
     }
 
-    fn keep(&mut self, block: u64, checksums: impl Iterator<Item = u64>) {
+    fn keep(&mut self, block: u64, checksums: &Block) {
         let slot = self.slot(block);
         self.tags[slot] = block + 1;
         let at = slot * CHECKSUMS_PER_BLOCK as usize;
-        let place = &mut self.checksums[at..at + CHECKSUMS_PER_BLOCK as usize];
-        place
-            .iter_mut()
-            .zip(checksums)
-            .for_each(|(place, checksum)| *place = checksum);
+        self.checksums[at..at + checksums.len()].copy_from_slice(checksums);
     }
 }
 

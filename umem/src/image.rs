@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::checksums::{CHECKSUMS_PER_BLOCK, ChecksumTable};
+use crate::checksums::{Block, CHECKSUMS_PER_BLOCK, ChecksumTable};
 pub use crate::image_writer::{ImageWriter, WriteError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
@@ -427,6 +427,20 @@ impl Image {
             path: self.path.clone(),
         };
         self.checksums.get(pages, into, read, damaged)
+    }
+
+    /// The checksums of all pages of a block of the table, read from the file and checked, also where they are known to be
+    /// zero.
+    pub(crate) fn reread_checksums(&self, block: u64) -> Result<Block, ReadError> {
+        let page = PageIndex(block * CHECKSUMS_PER_BLOCK);
+        let damaged = || ReadError::Corrupt {
+            page,
+            path: self.path.clone(),
+        };
+        let read = |offset, bytes: &mut [u8]| self.read_at(offset, bytes, page, Wait::Yes);
+        self.checksums
+            .read_block(block, read, damaged)?
+            .ok_or_else(damaged)
     }
 
     /// Reads `pages` into `buffer` and checks nothing. `None`: it would have to wait.

@@ -92,7 +92,7 @@ fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
             "error=too_many_pages word=pages={wanted} available={available}"
         )
     })?;
-    if let Some(last) = pages.count().checked_sub(1).and_then(|last| plan.map.frame(last)) {
+    if let Some(last) = pages.last_frame() {
         paging::map_up_to(&plan.map, last)?;
     }
     plan.ticks_per_millisecond = clock::ticks_per_millisecond()?;

@@ -229,18 +229,9 @@ mod tests {
         let code = shared.run(|machine| run(&Forgetful(machine), &pages, None));
         assert_eq!(code, ExitCode::CheckFailed);
         let lines = shared.lines();
-        let page = Page {
-            index: 21,
-            frame: 0x45,
-        };
-        assert!(
-            lines[3].starts_with(&format!(
-                "wrong_page=0x45 address=0x45000 expected_index=21 expected_round=3 expected_checksum={:#x} \
-                 found_index=21 found_round=2",
-                Mark::new(page, 3).checksum
-            )) || lines[2].starts_with("wrong_page=0x45"),
-            "{lines:#?}"
-        );
+        // The CPU that finds it does not wait for the other one to print its rounds.
+        let expected = "wrong_page=0x45 address=0x45000 expected_index=21 ";
+        assert!(lines.iter().any(|line| line.starts_with(expected)), "{lines:#?}");
         assert!(lines.last().unwrap().ends_with("pages=32 wrong=1"));
     }
 }

@@ -19,6 +19,8 @@ const MAX_WRONG_LINES: u64 = 16;
 pub struct Pages<'a> {
     map: &'a MemoryMap,
     count: u64,
+    /// How many pages of the map they are taken from: its first.
+    among: u64,
     sequence: Sequence,
 }
 
@@ -41,8 +43,14 @@ impl<'a> Pages<'a> {
         (count <= map.count()).then(|| Self {
             map,
             count,
+            among,
             sequence: order.of(among),
         })
+    }
+
+    /// The highest page frame that may be among them.
+    pub fn last_frame(&self) -> Option<u64> {
+        self.map.frame(self.among.checked_sub(1)?)
     }
 
     /// How many pages.
@@ -109,6 +117,17 @@ mod tests {
         assert_eq!(some.len(), 12);
         assert!(some.windows(2).all(|two| two[0] < two[1]), "{some:?}");
         assert_eq!(frames(&map, 12, Order::Random { seed: 3 }, 3), some);
+        // All of them have to be mapped.
+        assert_eq!(
+            Pages::new(&map, 12, Order::Random { seed: 3 })
+                .unwrap()
+                .last_frame(),
+            Some(0x4f)
+        );
+        assert_eq!(
+            Pages::new(&map, 12, Order::Sequential).unwrap().last_frame(),
+            Some(0x1b)
+        );
     }
 
     /// The frames that all CPUs visit together, sorted.
