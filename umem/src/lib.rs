@@ -11,6 +11,7 @@
 //!   -> states    InFlight to Present
 //! ```
 
+pub mod channel;
 mod checksums;
 pub mod image;
 mod image_verify;
@@ -20,10 +21,12 @@ pub mod pager;
 pub mod publish;
 pub mod region;
 mod schedule;
+pub mod server;
 pub mod source;
 pub mod states;
 pub mod stats;
 pub mod uffd;
 pub mod units;
+pub mod wire;
 
 pub use image_verify::Verified;

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -104,7 +105,10 @@ impl Listener {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     Err(ListenError::InUse(address.to_string()))
                 }
-                Err(source) => Err(ListenError::Io { address: address.to_string(), source }),
+                Err(source) => Err(ListenError::Io {
+                    address: address.to_string(),
+                    source,
+                }),
             },
         }
     }
@@ -137,35 +141,54 @@ impl AsFd for Listener {
 
 impl UnixSocket {
     fn bind(path: &Path) -> Result<Self, ListenError> {
-        let fail = |source| ListenError::Io { address: format!("unix:{}", path.display()), source };
+        let fail = |source| ListenError::Io {
+            address: format!("unix:{}", path.display()),
+            source,
+        };
         // Two processes that find the same stale socket must not remove each other's new one: the directory is locked from
         // the look to the bind. The lock goes with the descriptor.
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let lock = rustix::fs::openat(CWD, directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| fail(errno.into()))?;
+        let lock = rustix::fs::openat(
+            CWD,
+            directory,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|errno| fail(errno.into()))?;
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|errno| fail(errno.into()))?;
         remove_stale(path)?;
         Self::listen(path).map_err(fail)
     }
 
     fn listen(path: &Path) -> io::Result<Self> {
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
         // Before it has a name, so that at no time it is for others.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
         rustix::net::listen(&socket, 128)?;
         let inode = path.symlink_metadata()?.ino();
-        Ok(Self { listener: socket.into(), path: path.to_path_buf(), inode })
+        Ok(Self {
+            listener: socket.into(),
+            path: path.to_path_buf(),
+            inode,
+        })
     }
 }
 
 impl Drop for UnixSocket {
     fn drop(&mut self) {
-        let ours = self.path.symlink_metadata().is_ok_and(|metadata| metadata.ino() == self.inode);
+        let ours = self
+            .path
+            .symlink_metadata()
+            .is_ok_and(|metadata| metadata.ino() == self.inode);
         if ours && let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove socket");
         }
@@ -174,7 +197,10 @@ impl Drop for UnixSocket {
 
 /// Removes the socket of a process that is gone.
 fn remove_stale(path: &Path) -> Result<(), ListenError> {
-    let fail = |source| ListenError::Io { address: format!("unix:{}", path.display()), source };
+    let fail = |source| ListenError::Io {
+        address: format!("unix:{}", path.display()),
+        source,
+    };
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fail(error)),
@@ -185,7 +211,9 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
     }
     match UnixStream::connect(path) {
         // The kernel's word for a socket file without a socket.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(fail),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(fail)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         // Connected, or too many who try to: somebody listens.
         _ => Err(ListenError::InUse(format!("unix:{}", path.display()))),
@@ -231,6 +259,20 @@ impl Stream {
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
         })
+    }
+
+    /// How long a read or a write may wait; `None`: for ever.
+    pub fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => {
+                stream.set_read_timeout(read)?;
+                stream.set_write_timeout(write)
+            }
+            Self::Tcp(stream) => {
+                stream.set_read_timeout(read)?;
+                stream.set_write_timeout(write)
+            }
+        }
     }
 
     /// Ends both directions, for every clone: who waits in a read or write is told.
@@ -288,10 +330,25 @@ mod tests {
 
     #[test]
     fn addresses_are_read_and_printed() {
-        for text in ["unix:/run/umem", "tcp:host:1", "tcp:127.0.0.1:80", "tcp:[::1]:8080"] {
+        for text in [
+            "unix:/run/umem",
+            "tcp:host:1",
+            "tcp:127.0.0.1:80",
+            "tcp:[::1]:8080",
+        ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
         }
-        for text in ["", "unix:", "tcp:", "tcp:host", "tcp::1", "tcp:host:x", "tcp:host:65536", "tcp:::1:80", "file:x"] {
+        for text in [
+            "",
+            "unix:",
+            "tcp:",
+            "tcp:host",
+            "tcp::1",
+            "tcp:host:x",
+            "tcp:host:65536",
+            "tcp:::1:80",
+            "file:x",
+        ] {
             assert_eq!(text.parse::<Address>(), Err(AddressError(text.to_owned())));
         }
     }
@@ -314,7 +371,11 @@ mod tests {
         talk(&format!("unix:{}", directory.path().join("socket").display()));
         talk("tcp:127.0.0.1:0");
         talk("tcp:[::1]:0");
-        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0, "the socket's path stayed");
+        assert_eq!(
+            std::fs::read_dir(&directory).unwrap().count(),
+            0,
+            "the socket's path stayed"
+        );
     }
 
     #[test]
@@ -328,11 +389,17 @@ mod tests {
         let live = Listener::bind(&address).unwrap();
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
         assert!(matches!(Listener::bind(&address), Err(ListenError::InUse(_))));
-        assert!(Stream::connect(&address).is_ok(), "the refused one took the path away");
+        assert!(
+            Stream::connect(&address).is_ok(),
+            "the refused one took the path away"
+        );
         drop(live);
         assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(Listener::bind(&address), Err(ListenError::NotASocket(_))));
+        assert!(matches!(
+            Listener::bind(&address),
+            Err(ListenError::NotASocket(_))
+        ));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 
@@ -350,7 +417,10 @@ mod tests {
                     Listener::bind(&Address::Unix(path.clone())).ok()
                 };
                 let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
-                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+                threads
+                    .into_iter()
+                    .filter_map(|thread| thread.join().unwrap())
+                    .collect()
             });
             assert_eq!(bound.len(), 1, "round {round}");
         }
@@ -359,6 +429,9 @@ mod tests {
     #[test]
     fn a_path_that_is_too_long_is_an_error() {
         let path = PathBuf::from("/tmp/".to_owned() + &"x".repeat(200));
-        assert!(matches!(Listener::bind(&Address::Unix(path)), Err(ListenError::Io { .. })));
+        assert!(matches!(
+            Listener::bind(&Address::Unix(path)),
+            Err(ListenError::Io { .. })
+        ));
     }
 }

@@ -29,7 +29,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{
     AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
 };
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 use std::{fmt, io};
@@ -42,7 +42,7 @@ use self::install::Fetched;
 
 use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
-use crate::source::{Content, PageSource, SourceError, SourceStats};
+use crate::source::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
 use crate::states::{Arrival, Claim, PageState, PageStates, StateCounts};
 use crate::stats::{Histogram, Summary};
 use crate::uffd::{self, Event, EventBuffer, FaultKind, Features, InstallError, Userfaultfd};
@@ -284,6 +284,8 @@ impl Pager {
             stop,
             observer: Box::new(observer),
         });
+        let sink: Weak<Shared> = Arc::downgrade(&shared);
+        shared.source.attach(sink);
         let mut pager = Self {
             shared,
             fault_thread: None,
@@ -396,7 +398,7 @@ impl Shared {
                 ),
                 Err(error) => Err(self.source_error(error)),
             };
-            self.schedule.done();
+            self.schedule.end_demand();
             if let Err(error) = result {
                 self.fail(error);
             }
@@ -507,6 +509,37 @@ impl Shared {
     }
 }
 
+impl PageSink for Shared {
+    fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class) {
+        let arrival = match class {
+            Class::Demand => Arrival::Demand,
+            Class::Background => Arrival::Prefetched,
+        };
+        if let Err(error) = self.deliver(
+            Fetched {
+                pages,
+                content,
+                buffer,
+            },
+            arrival,
+        ) {
+            self.fail(error);
+        }
+    }
+
+    fn completed(&self, class: Class) {
+        match class {
+            Class::Demand => self.schedule.end_demand(),
+            Class::Background => self.schedule.end_background(),
+        }
+        self.release_if_settled();
+    }
+
+    fn failed(&self, error: SourceError) {
+        self.fail(self.source_error(error));
+    }
+}
+
 /// A fault to be answered.
 #[derive(Clone, Copy)]
 struct Fault {
@@ -609,7 +642,11 @@ impl FaultThread {
                     Ok(Some(content)) => self.install_claimed(unit, content, since),
                     Ok(None) => {
                         shared.await_fetch(unit, since, FaultClass::Fetched);
-                        shared.schedule.submit(unit);
+                        // Before it is asked for: the answer may be faster than this thread.
+                        shared.schedule.begin_demand();
+                        if !shared.source.submit(unit, Class::Demand) {
+                            shared.schedule.enqueue(unit);
+                        }
                         Ok(())
                     }
                     Err(error) => Err(shared.source_error(error)),

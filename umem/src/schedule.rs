@@ -13,6 +13,10 @@ use crate::units::PageRange;
 /// Demand that fits without allocating: as many threads can wait at a time.
 const CAPACITY: usize = 1024;
 
+/// Steps of background work under way at a time: enough to keep a connection busy, few enough that demand which comes after
+/// them is not long behind.
+const WINDOW: usize = 16;
+
 #[derive(Debug)]
 pub(crate) struct Schedule {
     inner: Mutex<Inner>,
@@ -25,8 +29,10 @@ pub(crate) struct Schedule {
 #[derive(Debug)]
 struct Inner {
     queue: VecDeque<PageRange>,
-    /// Demand that was submitted and is not done.
+    /// Demand that has begun and not ended.
     outstanding: usize,
+    /// Steps of background work that have begun and not ended.
+    background_outstanding: usize,
     /// Counts what background waits for.
     progress: u64,
     /// Threads that wait for `background`: waking nobody is a system call all the same.
@@ -43,6 +49,7 @@ impl Schedule {
         let inner = Inner {
             queue: VecDeque::with_capacity(CAPACITY),
             outstanding: 0,
+            background_outstanding: 0,
             progress: 0,
             waiting: 0,
             stopped: false,
@@ -54,16 +61,18 @@ impl Schedule {
         }
     }
 
-    /// Hands a claimed unit to the readers, and closes the gate.
-    pub(crate) fn submit(&self, unit: PageRange) {
-        let mut inner = self.lock();
-        inner.queue.push_back(unit);
-        inner.outstanding += 1;
-        drop(inner);
+    /// Somebody waits for a page that is about to be asked for: closes the gate.
+    pub(crate) fn begin_demand(&self) {
+        self.lock().outstanding += 1;
+    }
+
+    /// Hands a claimed unit, whose demand has begun, to the readers.
+    pub(crate) fn enqueue(&self, unit: PageRange) {
+        self.lock().queue.push_back(unit);
         self.demand.notify_one();
     }
 
-    /// Waits for demand. Every unit taken ends with `done`.
+    /// Waits for demand. Every unit taken ends with `end_demand`.
     pub(crate) fn take(&self) -> Result<PageRange, Stopped> {
         let mut inner = self.lock();
         loop {
@@ -77,18 +86,31 @@ impl Schedule {
         }
     }
 
-    /// Demand that was taken has been served, or never will be.
-    pub(crate) fn done(&self) {
+    /// Demand that was begun has been served, or never will be.
+    pub(crate) fn end_demand(&self) {
         let mut inner = self.lock();
         inner.outstanding -= 1;
         inner.progress += 1;
         self.wake_background(inner);
     }
 
-    /// The gate: waits until no demand is outstanding.
+    /// A step of background work was asked for.
+    pub(crate) fn begin_background(&self) {
+        self.lock().background_outstanding += 1;
+    }
+
+    /// A step of background work is done.
+    pub(crate) fn end_background(&self) {
+        let mut inner = self.lock();
+        inner.background_outstanding -= 1;
+        inner.progress += 1;
+        self.wake_background(inner);
+    }
+
+    /// The gate: waits until no demand is outstanding, and less than the window of background work.
     pub(crate) fn pass_gate(&self) -> Result<(), Stopped> {
         let mut inner = self.lock();
-        while inner.outstanding > 0 && !inner.stopped {
+        while (inner.outstanding > 0 || inner.background_outstanding >= WINDOW) && !inner.stopped {
             inner = self.wait_in_background(inner);
         }
         if inner.stopped { Err(Stopped) } else { Ok(()) }
@@ -156,10 +178,15 @@ mod tests {
         PageRange::single(PageIndex(page))
     }
 
+    fn submit(schedule: &Schedule, page: u64) {
+        schedule.begin_demand();
+        schedule.enqueue(unit(page));
+    }
+
     #[test]
     fn demand_is_taken_in_order() {
         let schedule = Schedule::new();
-        (0..3).for_each(|page| schedule.submit(unit(page)));
+        (0..3).for_each(|page| submit(&schedule, page));
         assert_eq!(
             (0..3).map(|_| schedule.take()).collect::<Vec<_>>(),
             (0..3).map(|p| Ok(unit(p))).collect::<Vec<_>>()
@@ -170,8 +197,8 @@ mod tests {
     fn background_waits_for_all_demand() {
         let schedule = Schedule::new();
         schedule.pass_gate().unwrap();
-        schedule.submit(unit(0));
-        schedule.submit(unit(1));
+        submit(&schedule, 0);
+        submit(&schedule, 1);
         let served = AtomicBool::new(false);
         thread::scope(|scope| {
             let gate = scope.spawn(|| {
@@ -182,10 +209,10 @@ mod tests {
                 );
             });
             schedule.take().unwrap();
-            schedule.done();
+            schedule.end_demand();
             schedule.take().unwrap();
             served.store(true, SeqCst);
-            schedule.done();
+            schedule.end_demand();
             gate.join().unwrap();
         });
     }
@@ -194,9 +221,9 @@ mod tests {
     fn progress_that_came_first_is_not_missed() {
         let schedule = Schedule::new();
         let seen = schedule.progress();
-        schedule.submit(unit(0));
+        submit(&schedule, 0);
         schedule.take().unwrap();
-        schedule.done();
+        schedule.end_demand();
         schedule.wait_for_progress(seen).unwrap();
     }
 

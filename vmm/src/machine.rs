@@ -189,9 +189,16 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     });
     let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
     clock.lap("vcpus");
+    tracing::info!(
+        source = config.source.url(),
+        bytes = config.ram.size(),
+        vcpus = config.cpus,
+        "starting with no page of RAM populated"
+    );
     let (all_ended, not_started) = start_vcpus(vcpus, &bus, &running);
 
     let ending = event_loop.run();
+    tracing::info!(?ending, "the VM has ended");
     running.stop.store(true, SeqCst);
     kicks.iter().for_each(VcpuKick::kick);
     drop(kicks);

@@ -153,7 +153,7 @@ impl Report {
             url,
             bytes: source.bytes,
             requests: source.requests,
-            reconnects: 0,
+            reconnects: source.reconnects,
         });
     }
 

@@ -12,6 +12,14 @@ pub(crate) fn unblock(signals: &[libc::c_int]) -> Result<(), errno::Error> {
     change_mask(libc::SIG_UNBLOCK, signals)
 }
 
+/// Waits until one of `signals`, which are blocked, is pending, and takes it.
+pub(crate) fn wait_for(signals: &[libc::c_int]) {
+    let Ok(set) = create_sigset(signals) else { return };
+    let mut taken = 0;
+    // SAFETY: `set` is an initialised set, `taken` a place for the answer.
+    unsafe { libc::sigwait(&raw const set, &raw mut taken) };
+}
+
 fn change_mask(how: libc::c_int, signals: &[libc::c_int]) -> Result<(), errno::Error> {
     let set = create_sigset(signals)?;
     // SAFETY: `set` is an initialised set; the old mask is not asked for.

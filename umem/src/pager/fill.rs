@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::install::Fetched;
 use super::{PagerError, Shared};
 use crate::schedule::Stopped;
+use crate::source::Class;
 use crate::states::Arrival;
 use crate::units::{PageIndex, PageRange};
 
@@ -77,6 +78,16 @@ impl Shared {
     }
 
     fn fill_run(&self, pages: PageRange, buffer: &mut [u8]) -> Result<(), PagerError> {
+        self.schedule.begin_background();
+        if self.source.submit(pages, Class::Background) {
+            return Ok(());
+        }
+        let result = self.read_run(pages, buffer);
+        self.schedule.end_background();
+        result
+    }
+
+    fn read_run(&self, pages: PageRange, buffer: &mut [u8]) -> Result<(), PagerError> {
         let buffer = &mut buffer[..pages.bytes()];
         match self.source.read(pages, buffer) {
             Ok(content) => self.deliver(

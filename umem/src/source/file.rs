@@ -107,7 +107,7 @@ impl PageSource for FileSource {
         // It may wait, so it has an answer; were there none, a guess would be a wrong page.
         answer.ok_or_else(|| {
             let (page, path) = (pages.start, self.image.path().to_path_buf());
-            SourceError::Lost(ReadError::Io {
+            SourceError::from(ReadError::Io {
                 page,
                 path,
                 source: io::ErrorKind::WouldBlock.into(),
@@ -127,6 +127,7 @@ impl PageSource for FileSource {
         SourceStats {
             bytes: self.bytes.load(Relaxed),
             requests: self.requests.load(Relaxed),
+            reconnects: 0,
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Where pages come from.
 
 pub mod file;
+pub mod remote;
 pub mod zero;
+
+use std::error::Error;
+use std::sync::Weak;
 
 use crate::image::ReadError;
 use crate::units::{PageIndex, PageRange};
@@ -15,22 +19,31 @@ pub enum Content {
     Data,
 }
 
+/// Who wants pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Somebody who waits for them.
+    Demand,
+    /// A fill.
+    Background,
+}
+
 /// Why a source cannot give a page.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// What it has is not what was put there.
     #[error(transparent)]
-    Corrupt(ReadError),
+    Corrupt(Box<dyn Error + Send + Sync>),
     /// It cannot be reached or read.
     #[error(transparent)]
-    Lost(ReadError),
+    Lost(Box<dyn Error + Send + Sync>),
 }
 
 impl From<ReadError> for SourceError {
     fn from(error: ReadError) -> Self {
         match error {
-            ReadError::Corrupt { .. } | ReadError::Truncated { .. } => Self::Corrupt(error),
-            ReadError::Io { .. } => Self::Lost(error),
+            ReadError::Corrupt { .. } | ReadError::Truncated { .. } => Self::Corrupt(error.into()),
+            ReadError::Io { .. } => Self::Lost(error.into()),
         }
     }
 }
@@ -42,6 +55,20 @@ pub struct SourceStats {
     pub bytes: u64,
     /// Requests that it answered.
     pub requests: u64,
+    /// Connections that were lost and made anew.
+    pub reconnects: u64,
+}
+
+/// Where pages go that a source was asked for by [`PageSource::submit`]. Called from the source's own threads.
+pub trait PageSink: Send + Sync {
+    /// Some of the pages that were submitted have come.
+    fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class);
+
+    /// All of a submitted range has come.
+    fn completed(&self, class: Class);
+
+    /// Pages that were submitted will not come.
+    fn failed(&self, error: SourceError);
 }
 
 /// Where the pages of a region come from. It is asked from several threads at once.
@@ -59,6 +86,14 @@ pub trait PageSource: Send + Sync {
     /// The next run of pages at or after `from` that may hold something; everything before it is zero. Of pages that are
     /// in no such run nothing is ever fetched by a background fill.
     fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError>;
+
+    /// Where pages go that are submitted. Called once, before anything else is asked.
+    fn attach(&self, _sink: Weak<dyn PageSink>) {}
+
+    /// Asks for `pages`, without waiting; they go to the sink. False: this source is not asked so, but by `read`.
+    fn submit(&self, _pages: PageRange, _class: Class) -> bool {
+        false
+    }
 
     /// What it has done so far.
     fn stats(&self) -> SourceStats;

@@ -1,8 +1,8 @@
 //! A layout as a page source.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
 use super::Layout;
@@ -21,6 +21,11 @@ impl LayoutSource {
             layout: Arc::new(layout),
             base,
         }
+    }
+
+    /// Whether the layout wrote all of `pages`.
+    fn is_written(&self, pages: PageRange) -> bool {
+        pages.pages().all(|page| self.layout.is_written(page.0))
     }
 
     /// Puts the layout's pages over what the base said of `pages`.
@@ -60,13 +65,31 @@ impl PageSource for LayoutSource {
     }
 
     fn try_read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Option<Content>, SourceError> {
-        let base = self.base.try_read(pages, buffer)?;
+        // What the layout wrote needs nothing of the base.
+        let base = if self.is_written(pages) {
+            Some(Content::Zero)
+        } else {
+            self.base.try_read(pages, buffer)?
+        };
         Ok(base.map(|base| self.overlay(pages, base, buffer)))
     }
 
     fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
-        let base = self.base.read(pages, buffer)?;
+        let base = if self.is_written(pages) {
+            Content::Zero
+        } else {
+            self.base.read(pages, buffer)?
+        };
         Ok(self.overlay(pages, base, buffer))
+    }
+
+    fn attach(&self, sink: Weak<dyn PageSink>) {
+        self.base.attach(sink);
+    }
+
+    fn submit(&self, pages: PageRange, class: Class) -> bool {
+        // What is submitted comes as the base has it.
+        !pages.pages().any(|page| self.layout.is_written(page.0)) && self.base.submit(pages, class)
     }
 
     fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {

@@ -5,9 +5,11 @@ use std::fmt::Write;
 
 use thiserror::Error;
 use umem::image::{self, WriteError};
+use umem::link::ListenError;
 use umem::pager::{PagerError, StartError};
 use umem::region::RegionError;
 use umem::source::SourceError;
+use umem::source::remote::RemoteError;
 use umem::uffd;
 
 use super::options::OptionError;
@@ -49,6 +51,15 @@ pub(super) enum CommandError {
     /// No image, or not one of ours.
     #[error(transparent)]
     OpenImage(#[from] image::OpenError),
+    /// No page server, or none that has the image.
+    #[error("cannot load guest memory from a page server")]
+    Remote(#[from] RemoteError),
+    /// Nobody can be served.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The server cannot go on.
+    #[error("cannot serve")]
+    Serve(#[source] std::io::Error),
     /// An image that does not say how to start it.
     #[error("cannot start a guest from '{path}'")]
     Metadata {
@@ -112,10 +123,13 @@ impl CommandError {
             Self::Layout(LayoutError::Memory { .. })
             | Self::ReadImage(image::ReadError::Io { .. })
             | Self::Vcpu(_)
+            | Self::Serve(_)
             | Self::Report(_) => exit_code::RUNTIME,
             Self::Option { .. }
             | Self::Usage(_)
             | Self::NoReport(_)
+            | Self::Listen(_)
+            | Self::Remote(RemoteError::Refused { .. })
             | Self::LogFile { .. }
             | Self::Layout(_)
             | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
@@ -127,6 +141,7 @@ impl CommandError {
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
             Self::HostLacks(_) => exit_code::HOST,
+            Self::Remote(_) => exit_code::SOURCE_LOST,
         }
     }
 }

@@ -5,6 +5,7 @@ mod error;
 mod image;
 mod options;
 mod run;
+mod serve;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,6 +41,8 @@ struct LogOptions {
 enum Verb {
     /// Boot a VM, its RAM loaded lazily from a page source
     Run(run::RunOptions),
+    /// Serve RAM images to any number of VMs
+    Serve(serve::ServeOptions),
     /// Make, describe and check RAM images, without running the guest
     Image {
         #[command(subcommand)]
@@ -77,6 +80,7 @@ pub fn main() -> ExitCode {
     };
     let result = start_log(&command_line.log).and_then(|()| match &command_line.verb {
         Verb::Run(options) => run::run(options, started),
+        Verb::Serve(options) => serve::run(options),
         Verb::Image { verb } => {
             end_when_nobody_reads();
             image::run(verb)

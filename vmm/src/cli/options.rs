@@ -2,8 +2,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use thiserror::Error;
+use umem::link::AddressError;
+use umem::source::remote::RemoteUrl;
 
 /// Why an option's value makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -52,6 +55,16 @@ impl KeyValues {
         keys: &[&'static str],
         syntax: &'static str,
     ) -> Result<Self, OptionError> {
+        Self::parse_repeating(text, keys, &[], syntax)
+    }
+
+    /// The same, where the keys in `repeating` may be given more than once.
+    pub(super) fn parse_repeating(
+        text: &str,
+        keys: &[&'static str],
+        repeating: &[&str],
+        syntax: &'static str,
+    ) -> Result<Self, OptionError> {
         let mut given = Vec::new();
         for word in text.split(',') {
             let (name, value) = match word.split_once('=') {
@@ -69,7 +82,7 @@ impl KeyValues {
                     syntax,
                 });
             };
-            if given.iter().any(|(other, _)| other == key) {
+            if given.iter().any(|(other, _)| other == key) && !repeating.contains(key) {
                 return Err(OptionError::Repeated(key));
             }
             given.push((*key, value.to_owned()));
@@ -91,6 +104,24 @@ impl KeyValues {
             reason: reason.to_string(),
         };
         value.parse().map(Some).map_err(wrong)
+    }
+
+    /// The values of `key`, each read as a `T`.
+    pub(super) fn get_all<T: FromStr<Err: fmt::Display>>(
+        &self,
+        key: &'static str,
+    ) -> Result<Vec<T>, OptionError> {
+        let values = self.given.iter().filter(|(given, _)| *given == key);
+        values
+            .map(|(_, value)| {
+                let wrong = |reason: T::Err| OptionError::Value {
+                    key,
+                    value: value.clone(),
+                    reason: reason.to_string(),
+                };
+                value.parse().map_err(wrong)
+            })
+            .collect()
     }
 
     /// The value of `key`, which is one of the words of `choices`.
@@ -164,6 +195,25 @@ impl fmt::Display for Size {
     }
 }
 
+/// A time: a number of seconds, with or without `s` behind it, or of milliseconds with `ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seconds(pub(super) Duration);
+
+impl FromStr for Seconds {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, unit) = match text.strip_suffix("ms") {
+            Some(number) => (number, Duration::from_millis(1)),
+            None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs(1)),
+        };
+        let number: u32 = number
+            .parse()
+            .map_err(|_| "expected a time such as 30s or 500ms")?;
+        Ok(Self(unit * number))
+    }
+}
+
 /// Where RAM comes from, as a source URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum SourceUrl {
@@ -171,6 +221,8 @@ pub(super) enum SourceUrl {
     Zero,
     /// `file:PATH`
     File(std::path::PathBuf),
+    /// `unix:PATH`, `unix:PATH#NAME`, `tcp:HOST:PORT` or `tcp:HOST:PORT/NAME`: a page server.
+    Remote(RemoteUrl),
 }
 
 impl FromStr for SourceUrl {
@@ -180,7 +232,11 @@ impl FromStr for SourceUrl {
         match text.split_once(':') {
             Some(("zero", "")) => Ok(Self::Zero),
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            _ => Err("expected zero: or file:PATH".into()),
+            Some(("unix" | "tcp", _)) => text
+                .parse()
+                .map(Self::Remote)
+                .map_err(|error: AddressError| error.to_string()),
+            _ => Err("expected zero:, file:PATH, unix:PATH or tcp:HOST:PORT".into()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use umem::image::Image;
@@ -10,11 +10,12 @@ use umem::pager::Fill;
 use umem::region::{Backing, PageSize};
 use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
+use umem::source::remote::{RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
 
 use super::error::{CommandError, chain, exit_code};
-use super::options::{KeyValues, OptionError, SWITCH, Size, SourceUrl};
-use crate::address_map::RamMap;
+use super::options::{KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
+use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
 use crate::ending::Ending;
 use crate::machine::{self, Firmware, MachineConfig, Outcome};
@@ -23,8 +24,8 @@ use crate::report::{Report, ReportTarget, milliseconds};
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
-const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE,backing=memfd|anonymous,hugepages=on|off,fill=off|sequential,\
-                             checksums=on|off";
+const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME],source-timeout=30s,\
+                             backing=memfd|anonymous,hugepages=on|off,fill=off|sequential,checksums=on|off";
 const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
 
 /// What `umem run` takes.
@@ -136,9 +137,9 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         Some(path) if path.as_os_str() == "none" => Firmware::None,
         Some(path) => Firmware::File(path.clone()),
     };
-    let guest = match &memory.source {
-        SourceUrl::Zero => Guest::from_kernel(options, &memory)?,
-        SourceUrl::File(path) => Guest::from_image(options, &memory, path)?,
+    let guest = match open_image(&memory)? {
+        None => Guest::from_kernel(options, &memory)?,
+        Some(image) => Guest::from_image(options, &memory, image)?,
     };
     Ok(MachineConfig {
         source: guest.source,
@@ -181,48 +182,103 @@ impl Guest {
     fn from_image(
         options: &RunOptions,
         memory: &MemoryOptions,
-        path: &std::path::Path,
+        image: OpenImage,
     ) -> Result<Self, CommandError> {
+        let OpenImage {
+            name,
+            source,
+            size,
+            metadata,
+        } = image;
         for (given, option) in [(&options.kernel, "--kernel"), (&options.initramfs, "--initramfs")] {
             if given.is_some() {
                 return Err(CommandError::Usage(format!(
-                    "{option} and --memory source=file:… exclude each other: the image has its kernel in it (see 'umem image create')"
+                    "{option} and --memory source={name} exclude each other: the image has its kernel in it (see 'umem image create')"
                 )));
             }
         }
-        let image = Image::open(path)?;
-        let size = image.footer().ram_size;
         if let Some(asked) = memory.size
             && asked.0 != size
         {
             return Err(CommandError::Usage(format!(
-                "--memory size={asked} is not the size of image '{}', which is {}: leave size away",
-                path.display(),
+                "--memory size={asked} is not the size of image '{name}', which is {}: leave size away",
                 Size(size)
             )));
         }
-        let metadata = ImageMetadata::decode(image.metadata()).map_err(|source| CommandError::Metadata {
-            path: path.display().to_string(),
-            source,
-        })?;
+        let metadata = ImageMetadata::decode(&metadata)
+            .map_err(|source| CommandError::Metadata { path: name, source })?;
         let entry = metadata.entry.into();
         let ram = RamMap::new(size).map_err(LayoutError::RamSize)?;
-        let image: Arc<dyn PageSource> = Arc::new(FileSource::new(image, memory.checksums));
         let source = match &options.cmdline {
-            None => image,
+            None => source,
             Some(command_line) => {
                 let layout = Layout::with_command_line(size, entry, metadata.initramfs, command_line)?;
-                Arc::new(LayoutSource::new(layout, image))
+                Arc::new(LayoutSource::new(layout, source))
             }
         };
         Ok(Self { source, ram, entry })
     }
 }
 
+/// An image, wherever it is.
+struct OpenImage {
+    name: String,
+    source: Arc<dyn PageSource>,
+    size: u64,
+    metadata: Vec<u8>,
+}
+
+/// Opens what `--memory source=` names; `None`: RAM begins as zero.
+fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError> {
+    match memory.sources.as_slice() {
+        [] | [SourceUrl::Zero] => Ok(None),
+        [SourceUrl::File(path)] => {
+            let image = Image::open(path)?;
+            let (size, metadata) = (image.footer().ram_size, image.metadata().to_vec());
+            let source = Arc::new(FileSource::new(image, memory.checksums));
+            Ok(Some(OpenImage {
+                name: path.display().to_string(),
+                source,
+                size,
+                metadata,
+            }))
+        }
+        several => {
+            let urls: Option<Vec<RemoteUrl>> = several
+                .iter()
+                .map(|url| match url {
+                    SourceUrl::Remote(url) => Some(url.clone()),
+                    SourceUrl::Zero | SourceUrl::File(_) => None,
+                })
+                .collect();
+            let Some(urls) = urls else {
+                let text = "--memory source= may be given several times only for page servers (unix:, tcp:)";
+                return Err(CommandError::Usage(text.into()));
+            };
+            let name = urls
+                .iter()
+                .map(RemoteUrl::to_string)
+                .collect::<Vec<_>>()
+                .join(",");
+            let (source, metadata) = RemoteSource::connect(&urls, memory.source_timeout.0)?;
+            let size = source.pages() * PAGE_SIZE;
+            Ok(Some(OpenImage {
+                name,
+                source: Arc::new(source),
+                size,
+                metadata,
+            }))
+        }
+    }
+}
+
 /// `--memory`.
 struct MemoryOptions {
     size: Option<Size>,
-    source: SourceUrl,
+    /// Tried in turn.
+    sources: Vec<SourceUrl>,
+    /// How long a lost page server is looked for.
+    source_timeout: Seconds,
     backing: Backing,
     page_size: PageSize,
     fill: Fill,
@@ -240,17 +296,27 @@ impl MemoryOptions {
     fn parse_keys(text: Option<&str>) -> Result<Self, OptionError> {
         let mut options = Self {
             size: None,
-            source: SourceUrl::Zero,
+            sources: Vec::new(),
+            source_timeout: Seconds(Duration::from_secs(30)),
             backing: Backing::Memfd,
             page_size: PageSize::Small,
             fill: Fill::Off,
             checksums: Checksums::On,
         };
         let Some(text) = text else { return Ok(options) };
-        let keys = ["size", "source", "backing", "hugepages", "fill", "checksums"];
-        let given = KeyValues::parse(text, &keys, MEMORY_SYNTAX)?;
+        let keys = [
+            "size",
+            "source",
+            "source-timeout",
+            "backing",
+            "hugepages",
+            "fill",
+            "checksums",
+        ];
+        let given = KeyValues::parse_repeating(text, &keys, &["source"], MEMORY_SYNTAX)?;
         options.size = given.get("size")?;
-        options.source = given.get("source")?.unwrap_or(options.source);
+        options.sources = given.get_all("source")?;
+        options.source_timeout = given.get("source-timeout")?.unwrap_or(options.source_timeout);
         let backings = [("memfd", Backing::Memfd), ("anonymous", Backing::Anonymous)];
         options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
         let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);

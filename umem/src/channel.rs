@@ -1,0 +1,132 @@
+//! A channel: frames over a connection, in both directions.
+
+use std::io::{self, BufReader, IoSlice, Read, Write};
+use std::sync::Arc;
+
+use crate::link::Stream;
+use crate::wire::{HEADER_SIZE, Header, Incoming, Message, Outgoing, PagesHead, WireError};
+
+/// Why a channel ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The connection is gone.
+    #[error("the connection is lost")]
+    Lost(#[source] io::Error),
+    /// The other side ended the connection.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// Pages came that nobody asked for, or twice.
+    #[error("the other side sent pages {pages}, which nobody asked for")]
+    Unasked {
+        /// The pages.
+        pages: crate::units::PageRange,
+    },
+    /// What came is not what may come.
+    #[error("the other side does not keep to the protocol")]
+    Protocol(#[from] WireError),
+}
+
+/// Shares a connection's descriptor between the two directions.
+#[derive(Clone, Debug)]
+struct Shared(Arc<Stream>);
+
+impl Read for Shared {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(buffer)
+    }
+}
+
+/// What comes in.
+#[derive(Debug)]
+pub struct Receiver {
+    stream: BufReader<Shared>,
+    /// Which frame may come when.
+    pub incoming: Incoming,
+    payload: Vec<u8>,
+}
+
+impl Receiver {
+    /// Frames from `stream`, which begin as `incoming` says.
+    pub fn new(stream: Arc<Stream>, incoming: Incoming) -> Self {
+        Self {
+            stream: BufReader::with_capacity(64 << 10, Shared(stream)),
+            incoming,
+            payload: Vec::new(),
+        }
+    }
+
+    /// Waits for a message.
+    pub fn receive(&mut self) -> Result<Message<'_>, ChannelError> {
+        let mut header = [0; HEADER_SIZE];
+        match self.stream.read(&mut header[..1]).map_err(ChannelError::Lost)? {
+            0 => return Err(ChannelError::Closed),
+            _ => self
+                .stream
+                .read_exact(&mut header[1..])
+                .map_err(ChannelError::Lost)?,
+        }
+        let header = Header::decode(&header)?;
+        self.incoming.accept(&header)?;
+        // No longer than the header's type allows, which `decode` has seen to.
+        let length = header.length as usize;
+        if self.payload.len() < length {
+            self.payload.resize(length, 0);
+        }
+        let payload = &mut self.payload[..length];
+        self.stream.read_exact(payload).map_err(ChannelError::Lost)?;
+        Ok(Message::decode(&header, payload)?)
+    }
+}
+
+/// What goes out.
+#[derive(Debug)]
+pub struct Sender {
+    stream: Arc<Stream>,
+    outgoing: Outgoing,
+    buffer: Vec<u8>,
+}
+
+impl Sender {
+    /// Frames to `stream`.
+    pub fn new(stream: Arc<Stream>) -> Self {
+        Self {
+            stream,
+            outgoing: Outgoing::default(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Sends a message.
+    pub fn send(&mut self, message: &Message<'_>) -> Result<(), ChannelError> {
+        self.buffer.clear();
+        self.outgoing.append(message, &mut self.buffer)?;
+        (&*self.stream)
+            .write_all(&self.buffer)
+            .map_err(ChannelError::Lost)
+    }
+
+    /// Sends pages from where they are: `data` is as long as `head` says.
+    pub fn send_pages(&mut self, head: &PagesHead<'_>, data: &mut [IoSlice<'_>]) -> Result<(), ChannelError> {
+        self.buffer.clear();
+        head.encode(&mut self.buffer)?;
+        self.outgoing.stamp(&mut self.buffer);
+        let mut all: Vec<IoSlice<'_>> = Vec::with_capacity(1 + data.len());
+        all.push(IoSlice::new(&self.buffer));
+        all.extend_from_slice(data);
+        write_all_vectored(&self.stream, &mut all).map_err(ChannelError::Lost)
+    }
+}
+
+fn write_all_vectored(mut stream: &Stream, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    // Nothing that is empty may lead: a write of nothing looks like the end.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match stream.write_vectored(slices) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => IoSlice::advance_slices(&mut slices, count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,871 @@
+//! Pages from a page server.
+//!
+//! One channel for demand and one for the fill, each with a thread that receives and hands on what comes, and with a table of
+//! what was asked for and has not come. A connection that is lost is made anew, at the same server or the next one named, and
+//! what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps waiting. Only
+//! when nothing was reached for the whole time-out, and somebody waits, is the source lost.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
+use crate::channel::{ChannelError, Receiver, Sender};
+use crate::link::{Address, AddressError, Stream};
+use crate::units::{PAGE_SIZE, PageIndex, PageRange};
+use crate::wire::{
+    BitmapKind, BitmapRequest, ChannelKind, Epoch, FailCode, Features, Hello, Incoming, MAX_BITMAP_PAGES,
+    MAX_PAGES_PER_FRAME, Message, Pages, RefuseCode, Request, RequestId, Role, Run, SessionId, VERSION,
+    WireError,
+};
+
+/// The first and the longest pause between attempts to connect.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// How long a server may take to answer a hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A page server and an image on it: `tcp:HOST:PORT`, `tcp:HOST:PORT/NAME`, `unix:PATH`, `unix:PATH#NAME`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteUrl {
+    /// Where the server is.
+    pub address: Address,
+    /// The image's name; empty: the only one there is.
+    pub image: String,
+}
+
+impl FromStr for RemoteUrl {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let separator = if text.starts_with("unix:") { '#' } else { '/' };
+        let (address, image) = text.split_once(separator).unwrap_or((text, ""));
+        Ok(Self {
+            address: address.parse()?,
+            image: image.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for RemoteUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let separator = if matches!(self.address, Address::Unix(_)) {
+            '#'
+        } else {
+            '/'
+        };
+        write!(f, "{}", self.address)?;
+        if self.image.is_empty() {
+            Ok(())
+        } else {
+            write!(f, "{separator}{}", self.image)
+        }
+    }
+}
+
+/// Why a page server does not give pages.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// It cannot be reached.
+    #[error("cannot connect to {url}")]
+    Connect {
+        /// The server.
+        url: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not want to.
+    #[error("{url} refused: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Refused {
+        /// The server.
+        url: String,
+        /// Why.
+        code: RefuseCode,
+        /// Why, in its words.
+        text: String,
+    },
+    /// The channel ended.
+    #[error("the connection to {url} failed")]
+    Channel {
+        /// The server.
+        url: String,
+        /// Why.
+        source: ChannelError,
+    },
+    /// It has lost the page.
+    #[error("{url} cannot give pages {pages}: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Failed {
+        /// The server.
+        url: String,
+        /// The pages.
+        pages: PageRange,
+        /// Why.
+        code: FailCode,
+        /// Why, in its words.
+        text: String,
+    },
+    /// It sends a page that is not what was put there, also when asked again.
+    #[error("page {page} from {url} does not match its checksum")]
+    Corrupt {
+        /// The server.
+        url: String,
+        /// The page.
+        page: PageIndex,
+    },
+    /// It was not reached again in time.
+    #[error("no page server was reached for {seconds} s, last tried {url}")]
+    TimedOut {
+        /// How long it was tried.
+        seconds: u64,
+        /// The last that was tried.
+        url: String,
+        /// Why it was not reached.
+        source: Box<Self>,
+    },
+    /// This side is ending.
+    #[error("the source is closed")]
+    Closed,
+}
+
+/// An image on a page server.
+pub struct RemoteSource {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Tried in turn.
+    urls: Vec<RemoteUrl>,
+    timeout: Duration,
+    pages: u64,
+    /// The image's identity, which every server that is connected to must have.
+    digest: Option<[u8; 32]>,
+    lanes: [Lane; 2],
+    sink: OnceLock<Weak<dyn PageSink>>,
+    /// Of every [`MAX_BITMAP_PAGES`] pages, once asked for, which hold something.
+    data: Vec<OnceLock<Vec<u8>>>,
+    closing: AtomicBool,
+    bytes: AtomicU64,
+    requests: AtomicU64,
+    reconnects: AtomicU64,
+}
+
+/// One channel, with what survives its connection.
+struct Lane {
+    kind: ChannelKind,
+    state: Mutex<LaneState>,
+    /// There is something to wait for, or the end.
+    changed: Condvar,
+}
+
+struct LaneState {
+    /// `None` while there is no connection.
+    sender: Option<Sender>,
+    stream: Option<Arc<Stream>>,
+    next: u64,
+    pending: HashMap<RequestId, Pending>,
+}
+
+/// What was asked for.
+enum Pending {
+    /// Pages for the sink.
+    Pages { left: Vec<PageRange>, class: Class },
+    /// Pages for a thread that waits.
+    Read {
+        pages: PageRange,
+        left: Vec<PageRange>,
+        buffer: Vec<u8>,
+        answer: SyncSender<Result<Vec<u8>, SourceError>>,
+    },
+    /// Which pages of a chunk hold something, for a thread that waits.
+    Bitmap {
+        chunk: PageRange,
+        bits: Vec<u8>,
+        answer: SyncSender<Result<Vec<u8>, SourceError>>,
+    },
+}
+
+impl RemoteSource {
+    /// Connects to the first of `urls` that answers, and reads the image's metadata. Connections that are lost later are made
+    /// anew for as long as `timeout`.
+    pub fn connect(urls: &[RemoteUrl], timeout: Duration) -> Result<(Self, Vec<u8>), RemoteError> {
+        let mut failure = RemoteError::Closed;
+        for url in urls {
+            match open_channel(url, ChannelKind::Demand, None, None) {
+                Ok(mut opened) => {
+                    let metadata = opened.read_metadata(url)?;
+                    let (pages, digest) = (opened.pages, opened.digest);
+                    let source = Self::start(urls, timeout, pages, digest, opened);
+                    return Ok((source, metadata));
+                }
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    fn start(
+        urls: &[RemoteUrl],
+        timeout: Duration,
+        pages: u64,
+        digest: Option<[u8; 32]>,
+        demand: Opened,
+    ) -> Self {
+        let lane = |kind| Lane {
+            kind,
+            state: Mutex::new(LaneState {
+                sender: None,
+                stream: None,
+                next: 1,
+                pending: HashMap::new(),
+            }),
+            changed: Condvar::new(),
+        };
+        let shared = Arc::new(Shared {
+            urls: urls.to_vec(),
+            timeout,
+            pages,
+            digest,
+            lanes: [lane(ChannelKind::Demand), lane(ChannelKind::Background)],
+            sink: OnceLock::new(),
+            data: (0..pages.div_ceil(MAX_BITMAP_PAGES))
+                .map(|_| OnceLock::new())
+                .collect(),
+            closing: AtomicBool::new(false),
+            bytes: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            reconnects: AtomicU64::new(0),
+        });
+        for (index, first) in [Some(demand), None].into_iter().enumerate() {
+            let shared = Arc::clone(&shared);
+            let name = format!("umem-remote-{index}");
+            let spawned = thread::Builder::new()
+                .name(name)
+                .spawn(move || shared.keep_lane(index, first));
+            if let Err(error) = spawned {
+                tracing::error!(%error, "no thread for a page server's channel");
+            }
+        }
+        Self { shared }
+    }
+
+    /// How many pages the image has.
+    pub fn pages(&self) -> u64 {
+        self.shared.pages
+    }
+}
+
+impl Drop for RemoteSource {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Relaxed);
+        for lane in &self.shared.lanes {
+            if let Some(stream) = &lane.lock().stream {
+                let _ = stream.shutdown();
+            }
+            lane.changed.notify_all();
+        }
+    }
+}
+
+impl PageSource for RemoteSource {
+    fn url(&self) -> String {
+        self.shared
+            .urls
+            .iter()
+            .map(RemoteUrl::to_string)
+            .collect::<Vec<_>>()
+            .join(",")
+    }
+
+    fn try_read(&self, pages: PageRange, _: &mut [u8]) -> Result<Option<Content>, SourceError> {
+        let zero = pages.pages().all(|page| self.shared.is_known_zero(page));
+        Ok(zero.then_some(Content::Zero))
+    }
+
+    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+        let (answer, answered) = sync_channel(1);
+        let left = vec![pages];
+        let content = vec![0; pages.bytes()];
+        let pending = Pending::Read {
+            pages,
+            left,
+            buffer: content,
+            answer,
+        };
+        self.shared.lane(Class::Background).ask(pending);
+        let content = answered
+            .recv()
+            .unwrap_or_else(|_| Err(SourceError::Lost(RemoteError::Closed.into())))?;
+        buffer.copy_from_slice(&content);
+        Ok(Content::Data)
+    }
+
+    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
+        let shared = &self.shared;
+        let mut at = from.0;
+        while at < shared.pages {
+            let chunk = at / MAX_BITMAP_PAGES;
+            let start = chunk * MAX_BITMAP_PAGES;
+            let count = MAX_BITMAP_PAGES.min(shared.pages - start);
+            let bits = shared.data_bits(chunk, PageRange::new(PageIndex(start), count))?;
+            let has = |page: &u64| bits[((page - start) / 8) as usize] & (1 << ((page - start) % 8)) != 0;
+            if let Some(first) = (at..start + count).find(has) {
+                let run = (first..start + count).take_while(has).count() as u64;
+                return Ok(Some(PageRange::new(PageIndex(first), run)));
+            }
+            at = start + count;
+        }
+        Ok(None)
+    }
+
+    fn attach(&self, sink: Weak<dyn PageSink>) {
+        // Called once.
+        let _ = self.shared.sink.set(sink);
+    }
+
+    fn submit(&self, pages: PageRange, class: Class) -> bool {
+        self.shared.lane(class).ask(Pending::Pages {
+            left: vec![pages],
+            class,
+        });
+        true
+    }
+
+    fn stats(&self) -> SourceStats {
+        let shared = &self.shared;
+        SourceStats {
+            bytes: shared.bytes.load(Relaxed),
+            requests: shared.requests.load(Relaxed),
+            reconnects: shared.reconnects.load(Relaxed),
+        }
+    }
+}
+
+impl Lane {
+    fn lock(&self) -> MutexGuard<'_, LaneState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for something, now or as soon as there is a connection.
+    fn ask(&self, pending: Pending) {
+        let mut state = self.lock();
+        let id = RequestId(state.next);
+        state.next += 1;
+        let LaneState { sender, .. } = &mut *state;
+        if let Some(sender) = sender {
+            // Where it fails the receiving thread sees it too, and asks again on the next connection.
+            if let Err(error) = pending.send(id, sender) {
+                tracing::debug!(%error, "cannot ask");
+            }
+        }
+        state.pending.insert(id, pending);
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+impl Pending {
+    fn send(&self, request: RequestId, sender: &mut Sender) -> Result<(), ChannelError> {
+        match self {
+            Self::Pages { left, .. } | Self::Read { left, .. } => sender.send(&Message::Request(Request {
+                request,
+                ranges: (&left[..]).into(),
+            })),
+            Self::Bitmap { chunk, .. } => sender.send(&Message::BitmapRequest(BitmapRequest {
+                request,
+                kind: BitmapKind::Data,
+                range: *chunk,
+            })),
+        }
+    }
+
+    fn left(&mut self) -> Option<&mut Vec<PageRange>> {
+        match self {
+            Self::Pages { left, .. } | Self::Read { left, .. } => Some(left),
+            Self::Bitmap { .. } => None,
+        }
+    }
+}
+
+/// A new channel, before anything was asked on it.
+struct Opened {
+    sender: Sender,
+    receiver: Receiver,
+    stream: Arc<Stream>,
+    pages: u64,
+    digest: Option<[u8; 32]>,
+}
+
+fn open_channel(
+    url: &RemoteUrl,
+    channel: ChannelKind,
+    digest: Option<[u8; 32]>,
+    pages: Option<u64>,
+) -> Result<Opened, RemoteError> {
+    let failed = |source: ChannelError| RemoteError::Channel {
+        url: url.to_string(),
+        source,
+    };
+    let stream = Stream::connect(&url.address)
+        .and_then(|stream| {
+            stream
+                .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
+                .map(|()| stream)
+        })
+        .map_err(|source| RemoteError::Connect {
+            url: url.to_string(),
+            source,
+        })?;
+    let stream = Arc::new(stream);
+    let mut sender = Sender::new(Arc::clone(&stream));
+    let mut receiver = Receiver::new(Arc::clone(&stream), Incoming::connector());
+    let hello = Hello {
+        version: VERSION,
+        features: Features::NONE,
+        pages,
+        epoch: Epoch(0),
+        keep_alive_ms: 0,
+        channel,
+        role: Role::Fetcher,
+        session: SessionId::NEW,
+        digest,
+        image: &url.image,
+    };
+    sender.send(&Message::Hello(hello)).map_err(failed)?;
+    let welcome = match receiver.receive().map_err(failed)? {
+        Message::Welcome(welcome) => welcome,
+        Message::Refused(refused) => {
+            let (code, text) = (refused.code, refused.text.to_owned());
+            return Err(RemoteError::Refused {
+                url: url.to_string(),
+                code,
+                text,
+            });
+        }
+        // `Incoming` lets nothing else through.
+        _ => return Err(failed(ChannelError::Closed)),
+    };
+    welcome.check(&hello).map_err(|error| failed(error.into()))?;
+    receiver.incoming.open(channel, Role::Provider, welcome.features);
+    stream
+        .set_timeouts(None, Some(HELLO_PATIENCE))
+        .map_err(|error| failed(ChannelError::Lost(error)))?;
+    Ok(Opened {
+        sender,
+        receiver,
+        stream,
+        pages: welcome.pages,
+        digest: welcome.digest,
+    })
+}
+
+impl Opened {
+    fn read_metadata(&mut self, url: &RemoteUrl) -> Result<Vec<u8>, RemoteError> {
+        let failed = |source: ChannelError| RemoteError::Channel {
+            url: url.to_string(),
+            source,
+        };
+        let request = RequestId(u64::MAX);
+        self.stream
+            .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
+            .map_err(|e| failed(ChannelError::Lost(e)))?;
+        self.sender
+            .send(&Message::MetadataRequest { request })
+            .map_err(failed)?;
+        let metadata = match self.receiver.receive().map_err(failed)? {
+            Message::Metadata { bytes, .. } => bytes.to_vec(),
+            Message::Failed(answer) => {
+                let (pages, code, text) = (answer.range, answer.code, answer.text.to_owned());
+                return Err(RemoteError::Failed {
+                    url: url.to_string(),
+                    pages,
+                    code,
+                    text,
+                });
+            }
+            _ => return Err(failed(ChannelError::Closed)),
+        };
+        self.stream
+            .set_timeouts(None, Some(HELLO_PATIENCE))
+            .map_err(|e| failed(ChannelError::Lost(e)))?;
+        Ok(metadata)
+    }
+}
+
+impl Shared {
+    fn lane(&self, class: Class) -> &Lane {
+        &self.lanes[match class {
+            Class::Demand => 0,
+            Class::Background => 1,
+        }]
+    }
+
+    fn is_known_zero(&self, page: PageIndex) -> bool {
+        let bits = self.data[(page.0 / MAX_BITMAP_PAGES) as usize].get();
+        let bit = page.0 % MAX_BITMAP_PAGES;
+        bits.is_some_and(|bits| bits[(bit / 8) as usize] & (1 << (bit % 8)) == 0)
+    }
+
+    /// Which pages of a chunk hold something; asked for once. Waits.
+    fn data_bits(&self, chunk: u64, range: PageRange) -> Result<&[u8], SourceError> {
+        let known = &self.data[chunk as usize];
+        if known.get().is_none() {
+            let (answer, answered) = sync_channel(1);
+            let bits = vec![0; range.count.div_ceil(8) as usize];
+            self.lane(Class::Background).ask(Pending::Bitmap {
+                chunk: range,
+                bits,
+                answer,
+            });
+            let bits = answered
+                .recv()
+                .unwrap_or_else(|_| Err(SourceError::Lost(RemoteError::Closed.into())))?;
+            let _ = known.set(bits);
+        }
+        known
+            .get()
+            .map(Vec::as_slice)
+            .ok_or_else(|| SourceError::Lost(RemoteError::Closed.into()))
+    }
+
+    /// A lane's thread: receives, and connects anew what is lost.
+    fn keep_lane(self: Arc<Self>, index: usize, mut opened: Option<Opened>) {
+        let lane = &self.lanes[index];
+        // A page that did not match its checksum; the second time it is the server's fault and not the wire's.
+        let mut suspect = None;
+        loop {
+            let (url, channel) = match opened.take() {
+                Some(channel) => (self.urls[0].clone(), channel),
+                None => match self.reconnect(lane) {
+                    Some(connected) => connected,
+                    None => return,
+                },
+            };
+            let Opened {
+                sender,
+                mut receiver,
+                stream,
+                ..
+            } = channel;
+            if let Err(error) = lane.resume(sender, &stream) {
+                tracing::debug!(%error, %url, "cannot ask again");
+            }
+            let ended = self.receive(lane, &url, &mut receiver, &mut suspect);
+            let mut state = lane.lock();
+            (state.sender, state.stream) = (None, None);
+            drop(state);
+            if self.closing.load(Relaxed) {
+                return;
+            }
+            match ended {
+                Ended::Channel(error) => {
+                    tracing::warn!(%url, channel = %lane.kind, error = &error as &dyn std::error::Error, "page server lost, connecting anew");
+                    self.reconnects.fetch_add(1, Relaxed);
+                }
+                Ended::Source(error) => {
+                    self.give_up(lane, error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Connects, trying all servers in turn. `None`: this side is ending, or it was in vain for the whole time-out and somebody
+    /// waits, who was told.
+    fn reconnect(&self, lane: &Lane) -> Option<(RemoteUrl, Opened)> {
+        let since = Instant::now();
+        let mut pause = BACKOFF.0;
+        loop {
+            let mut failure = None;
+            for url in &self.urls {
+                if self.closing.load(Relaxed) {
+                    return None;
+                }
+                match open_channel(url, lane.kind, self.digest, Some(self.pages)) {
+                    Ok(opened) => return Some((url.clone(), opened)),
+                    Err(error) => failure = Some((url, error)),
+                }
+            }
+            if since.elapsed() >= self.timeout
+                && !lane.lock().pending.is_empty()
+                && let Some((url, error)) = failure
+            {
+                let (seconds, url) = (self.timeout.as_secs(), url.to_string());
+                let error = RemoteError::TimedOut {
+                    seconds,
+                    url,
+                    source: Box::new(error),
+                };
+                self.give_up(lane, SourceError::Lost(error.into()));
+                return None;
+            }
+            let state = lane.lock();
+            if !self.closing.load(Relaxed) {
+                drop(
+                    lane.changed
+                        .wait_timeout(state, pause)
+                        .unwrap_or_else(PoisonError::into_inner),
+                );
+            }
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// Tells all who wait that nothing will come.
+    fn give_up(&self, lane: &Lane, error: SourceError) {
+        let pending = std::mem::take(&mut lane.lock().pending);
+        for (_, pending) in pending {
+            if let Pending::Read { answer, .. } | Pending::Bitmap { answer, .. } = pending {
+                let _ = answer.try_send(Err(SourceError::Lost(RemoteError::Closed.into())));
+            }
+        }
+        if let Some(sink) = self.sink() {
+            sink.failed(error);
+        }
+    }
+
+    fn sink(&self) -> Option<Arc<dyn PageSink>> {
+        self.sink.get().and_then(Weak::upgrade)
+    }
+
+    /// Hands on what comes until the connection ends.
+    fn receive(
+        &self,
+        lane: &Lane,
+        url: &RemoteUrl,
+        receiver: &mut Receiver,
+        suspect: &mut Option<PageIndex>,
+    ) -> Ended {
+        let mut unpacked = vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE];
+        loop {
+            let message = match receiver.receive() {
+                Ok(message) => message,
+                Err(error) => return Ended::Channel(error),
+            };
+            let result = match message {
+                Message::Pages(pages) => self.take_pages(lane, url, &pages, &mut unpacked, suspect),
+                Message::Zero(zero) => self.take(lane, zero.request, zero.range, Content::Zero, &[]),
+                Message::Bitmap(bitmap) => lane.take_bitmap(bitmap.request, bitmap.range, bitmap.bits),
+                Message::Failed(failed) => {
+                    let (pages, code, text) = (failed.range, failed.code, failed.text.to_owned());
+                    let error = RemoteError::Failed {
+                        url: url.to_string(),
+                        pages,
+                        code,
+                        text,
+                    }
+                    .into();
+                    Err(Ended::Source(match code {
+                        FailCode::Corrupt => SourceError::Corrupt(error),
+                        _ => SourceError::Lost(error),
+                    }))
+                }
+                Message::Ping { token } => lane.pong(token),
+                Message::Goodbye(_) => Err(Ended::Channel(ChannelError::Closed)),
+                // Hints, and answers to what this side never asks.
+                _ => Ok(()),
+            };
+            if let Err(ended) = result {
+                return ended;
+            }
+        }
+    }
+
+    fn take_pages(
+        &self,
+        lane: &Lane,
+        url: &RemoteUrl,
+        pages: &Pages<'_>,
+        buffer: &mut [u8],
+        suspect: &mut Option<PageIndex>,
+    ) -> Result<(), Ended> {
+        let unpacked = pages
+            .unpack(buffer)
+            .map_err(|error| Ended::Channel(error.into()))?;
+        match unpacked.verify() {
+            Ok(()) => {}
+            Err(WireError::PageChecksum { page }) if *suspect == Some(page) => {
+                let error = RemoteError::Corrupt {
+                    url: url.to_string(),
+                    page,
+                };
+                return Err(Ended::Source(SourceError::Corrupt(error.into())));
+            }
+            Err(error) => {
+                if let WireError::PageChecksum { page } = error {
+                    *suspect = Some(page);
+                }
+                return Err(Ended::Channel(error.into()));
+            }
+        }
+        for run in unpacked.runs() {
+            match run {
+                Run::Zero(range) => self.take(lane, pages.request, range, Content::Zero, &[])?,
+                Run::Data(range, data) => {
+                    self.bytes.fetch_add(data.len() as u64, Relaxed);
+                    self.take(lane, pages.request, range, Content::Data, data)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes pages that were asked for, and only those.
+    fn take(
+        &self,
+        lane: &Lane,
+        request: RequestId,
+        range: PageRange,
+        content: Content,
+        data: &[u8],
+    ) -> Result<(), Ended> {
+        let not_asked = || Ended::Channel(ChannelError::Unasked { pages: range });
+        let mut state = lane.lock();
+        let pending = state.pending.get_mut(&request).ok_or_else(not_asked)?;
+        let left = pending.left().ok_or_else(not_asked)?;
+        if !subtract(left, range) {
+            return Err(not_asked());
+        }
+        let complete = left.is_empty();
+        let class = match pending {
+            Pending::Pages { class, .. } => Some(*class),
+            Pending::Read { pages, buffer, .. } => {
+                let offset = (range.start.0 - pages.start.0) as usize * PAGE_SIZE;
+                if content == Content::Data {
+                    buffer[offset..offset + data.len()].copy_from_slice(data);
+                }
+                None
+            }
+            Pending::Bitmap { .. } => None,
+        };
+        let finished = if complete {
+            state.pending.remove(&request)
+        } else {
+            None
+        };
+        drop(state);
+        if let (Some(class), Some(sink)) = (class, self.sink()) {
+            sink.arrived(range, content, data, class);
+            if complete {
+                sink.completed(class);
+            }
+        }
+        if complete {
+            self.requests.fetch_add(1, Relaxed);
+        }
+        if let Some(Pending::Read { buffer, answer, .. }) = finished {
+            let _ = answer.try_send(Ok(buffer));
+        }
+        Ok(())
+    }
+}
+
+/// Why nothing more comes on a connection.
+enum Ended {
+    /// The connection; another may do better.
+    Channel(ChannelError),
+    /// The source; no other connection would.
+    Source(SourceError),
+}
+
+impl Lane {
+    /// Goes on with a new connection: asks for everything that has not come.
+    fn resume(&self, sender: Sender, stream: &Arc<Stream>) -> Result<(), ChannelError> {
+        let mut state = self.lock();
+        state.stream = Some(Arc::clone(stream));
+        let LaneState {
+            sender: place,
+            pending,
+            ..
+        } = &mut *state;
+        let sender = place.insert(sender);
+        let mut ids: Vec<RequestId> = pending.keys().copied().collect();
+        ids.sort_unstable();
+        for id in ids {
+            if let Some(pending) = pending.get(&id) {
+                pending.send(id, sender)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pong(&self, token: u64) -> Result<(), Ended> {
+        match &mut self.lock().sender {
+            Some(sender) => sender.send(&Message::Pong { token }).map_err(Ended::Channel),
+            None => Ok(()),
+        }
+    }
+
+    fn take_bitmap(&self, request: RequestId, range: PageRange, new: &[u8]) -> Result<(), Ended> {
+        let not_asked = || Ended::Channel(ChannelError::Unasked { pages: range });
+        let mut state = self.lock();
+        let Some(Pending::Bitmap { chunk, bits, .. }) = state.pending.get_mut(&request) else {
+            return Err(not_asked());
+        };
+        if range.start < chunk.start || range.end() > chunk.end() {
+            return Err(not_asked());
+        }
+        let at = ((range.start.0 - chunk.start.0) / 8) as usize;
+        bits[at..at + new.len()].copy_from_slice(new);
+        if range.end() == chunk.end()
+            && let Some(Pending::Bitmap { bits, answer, .. }) = state.pending.remove(&request)
+        {
+            let _ = answer.try_send(Ok(bits));
+        }
+        Ok(())
+    }
+}
+
+/// Takes `range` out of `left`. False, and nothing is changed: not all of it is there in one piece.
+fn subtract(left: &mut Vec<PageRange>, range: PageRange) -> bool {
+    let holds = |whole: &PageRange| whole.start <= range.start && range.end() <= whole.end();
+    let Some(index) = left.iter().position(holds) else {
+        return false;
+    };
+    let whole = left[index];
+    let before = PageRange::new(whole.start, range.start.0 - whole.start.0);
+    let after = PageRange::new(range.end(), whole.end().0 - range.end().0);
+    left.splice(
+        index..=index,
+        [before, after].into_iter().filter(|piece| piece.count > 0),
+    );
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_name_a_server_and_an_image() {
+        for (text, image) in [
+            ("tcp:host:1", ""),
+            ("tcp:[::1]:80/base", "base"),
+            ("unix:/run/umem", ""),
+            ("unix:/run/umem#base", "base"),
+        ] {
+            let url: RemoteUrl = text.parse().unwrap();
+            assert_eq!(url.image, image);
+            assert_eq!(url.to_string(), text);
+        }
+        assert!("tcp:host/base".parse::<RemoteUrl>().is_err());
+    }
+
+    #[test]
+    fn what_came_is_no_longer_left() {
+        let range = |start, count| PageRange::new(PageIndex(start), count);
+        let mut left = vec![range(10, 10)];
+        assert!(!subtract(&mut left, range(9, 2)));
+        assert!(subtract(&mut left, range(12, 3)));
+        assert_eq!(left, [range(10, 2), range(15, 5)]);
+        assert!(!subtract(&mut left, range(11, 2)), "a page came twice");
+        assert!(subtract(&mut left, range(15, 5)));
+        assert!(subtract(&mut left, range(10, 2)));
+        assert!(left.is_empty());
+    }
+}
