@@ -1,1 +1,21 @@
 //! End-to-end tests of the built program `umem`, and what they share.
+//!
+//! - [`program`]: running a program with a deadline, and what is left of it afterwards;
+//! - [`scratch`]: a directory of one test, and the images in it;
+//! - [`vm`]: `umem run` and its report;
+//! - [`errors`]: what every error message must be like;
+//! - [`host`]: what this machine offers, and skipping what needs more;
+//! - [`random`]: moments that nobody chose, and seeds to have them again;
+//! - [`terminal`]: a terminal to run the program in.
+//!
+//! A test that this machine cannot run says so in a line `skipped: NAME: reason` on standard error.
+
+#![allow(clippy::unwrap_used)] // It is used by tests alone, where a panic is how failure is reported.
+
+pub mod errors;
+pub mod host;
+pub mod program;
+pub mod random;
+pub mod scratch;
+pub mod terminal;
+pub mod vm;
