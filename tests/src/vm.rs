@@ -248,8 +248,10 @@ impl Report {
         let figures: Vec<_> = ["p50", "p90", "p99", "p999", "max"]
             .map(|name| self.number(&format!("/demand_fault_us/{name}")))
             .into();
-        assert!(self.count("/demand_fault_us/count") > 0, "{self}");
-        assert!(figures[0] > 0.0, "{self}");
+        // A fill that was done before the guest began leaves it nothing to wait for.
+        let waited = self.count("/demand_fault_us/count") > 0;
+        assert!(waited || self.count("/pages/prefetched") > 0, "{self}");
+        assert_eq!(figures[0] > 0.0, waited, "{self}");
         assert!(figures.is_sorted(), "{self}");
     }
 }

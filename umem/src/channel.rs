@@ -12,6 +12,9 @@ pub enum ChannelError {
     /// The connection is gone.
     #[error("the connection is lost")]
     Lost(#[source] io::Error),
+    /// Nothing came for as long as a read may wait. The channel is as it was.
+    #[error("nothing came for too long")]
+    Quiet,
     /// The other side ended the connection.
     #[error("the other side closed the connection")]
     Closed,
@@ -55,7 +58,7 @@ impl Receiver {
         }
     }
 
-    /// Waits for a message.
+    /// Waits for a message, for as long as the connection's time-out for reading says.
     pub fn receive(&mut self) -> Result<Message<'_>, ChannelError> {
         let mut header = [0; HEADER_SIZE];
         match self.stream.read(&mut header[..1]).map_err(ChannelError::Lost)? {

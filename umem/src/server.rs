@@ -32,6 +32,9 @@ const MAX_CHANNELS: usize = 1024;
 /// How long a new channel may take to say hello, and an answer may wait to be read.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often each side of a channel says something. Who has not been heard of for four times as long is gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
 /// How long channels may go on after the server was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -356,7 +359,7 @@ impl Shared {
             features: Features::NONE,
             pages: image.pages(),
             epoch: Epoch(0),
-            keep_alive_ms: 0,
+            keep_alive_ms: KEEP_ALIVE.as_millis() as u32,
             window: WINDOW,
             session,
             digest: Some(digest),

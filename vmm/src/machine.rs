@@ -81,8 +81,8 @@ pub enum MachineError {
     /// KVM has no CPU model to offer.
     #[error("cannot set up the vCPUs")]
     CpuModel(#[from] CpuModelError),
-    /// More vCPUs than KVM makes.
-    #[error("--cpus boot={asked} is more than this host's KVM allows, which is {most}")]
+    /// More vCPUs than KVM makes, or than APIC IDs of 8 bits can tell apart.
+    #[error("--cpus boot={asked} is more than a VM can have here, which is {most}")]
     TooManyCpus {
         /// How many were asked for.
         asked: u32,

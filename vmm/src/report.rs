@@ -1,4 +1,4 @@
-//! What a run leaves behind for people and programs: one JSON object, whose keys are documented in `docs/report.md`.
+//! What a run leaves behind for people and programs: one JSON object, whose keys are documented in `docs/running.md`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -159,17 +159,14 @@ impl Report {
 
     /// Writes it to `target`.
     pub fn write(&self, target: ReportTarget) -> Result<(), ReportError> {
-        let ReportTarget { path, unnamed } = target;
+        let ReportTarget { path, place } = target;
         let result = serde_json::to_string_pretty(self)
             .map_err(io::Error::from)
             .and_then(|mut text| {
                 text.push('\n');
-                match unnamed {
-                    None => File::options()
-                        .append(true)
-                        .open(&path)?
-                        .write_all(text.as_bytes()),
-                    Some(unnamed) => {
+                match place {
+                    Place::AsItIs(mut file) => file.write_all(text.as_bytes()),
+                    Place::Unnamed(unnamed) => {
                         unnamed.file().write_all(text.as_bytes())?;
                         unnamed.publish(Existing::Replace)
                     }
@@ -183,12 +180,19 @@ impl Report {
 #[derive(Debug)]
 pub struct ReportTarget {
     path: PathBuf,
-    /// `None` for what is no regular file, and so is written to as it is: a pipe, a device.
-    unnamed: Option<UnnamedFile>,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// A file, which has its name when it is complete.
+    Unnamed(UnnamedFile),
+    /// What is no regular file, and so is written to as it is: a pipe, a device.
+    AsItIs(File),
 }
 
 impl ReportTarget {
-    /// Makes sure, before anything else is done, that there can be a report. It has its name when it is complete.
+    /// Makes sure, before anything else is done, that there can be a report. (A pipe is waited for until somebody reads it.)
     pub fn new(path: &Path) -> Result<Self, ReportError> {
         // What is reached by a link is replaced, and not the link. A name that only stands for an open file (/dev/stdout)
         // cannot be replaced, whatever file that is.
@@ -201,16 +205,15 @@ impl ReportTarget {
             .filter(|_| !stands_for_another)
             .unwrap_or_else(|| path.to_path_buf());
         let kind = path.metadata().map(|metadata| metadata.file_type());
-        let unnamed = match kind {
+        let place = match kind {
             Ok(kind) if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
-            Ok(kind) if stands_for_another || !kind.is_file() => return Ok(Self { path, unnamed: None }),
-            _ => UnnamedFile::create(&path),
+            Ok(kind) if stands_for_another || !kind.is_file() => {
+                File::options().append(true).open(&path).map(Place::AsItIs)
+            }
+            _ => UnnamedFile::create(&path).map(Place::Unnamed),
         };
-        match unnamed {
-            Ok(unnamed) => Ok(Self {
-                path,
-                unnamed: Some(unnamed),
-            }),
+        match place {
+            Ok(place) => Ok(Self { path, place }),
             Err(source) => Err(ReportError { path, source }),
         }
     }

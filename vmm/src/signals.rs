@@ -12,6 +12,15 @@ pub(crate) fn unblock(signals: &[libc::c_int]) -> Result<(), errno::Error> {
     change_mask(libc::SIG_UNBLOCK, signals)
 }
 
+/// Whether whoever started this program wants it to ignore `signal`.
+pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: nothing is set, and `action` is a place for the answer.
+    let answer = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: zeroes are a valid value, and the call has written another.
+    answer == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
 /// Waits until one of `signals`, which are blocked, is pending, and takes it.
 pub(crate) fn wait_for(signals: &[libc::c_int]) {
     let Ok(set) = create_sigset(signals) else { return };

@@ -452,8 +452,12 @@ fn open_channel(
     };
     welcome.check(&hello).map_err(|error| failed(error.into()))?;
     receiver.incoming.open(channel, Role::Provider, welcome.features);
+    let keep_alive = match welcome.keep_alive_ms {
+        0 => None,
+        milliseconds => Some(Duration::from_millis(milliseconds.into())),
+    };
     stream
-        .set_timeouts(None, Some(HELLO_PATIENCE))
+        .set_timeouts(keep_alive, Some(HELLO_PATIENCE))
         .map_err(|error| failed(ChannelError::Lost(error)))?;
     Ok(Opened {
         sender,
@@ -471,9 +475,6 @@ impl Opened {
             source,
         };
         let request = RequestId(u64::MAX);
-        self.stream
-            .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
-            .map_err(|e| failed(ChannelError::Lost(e)))?;
         self.sender
             .send(&Message::MetadataRequest { request })
             .map_err(failed)?;
@@ -490,9 +491,6 @@ impl Opened {
             }
             _ => return Err(failed(ChannelError::Closed)),
         };
-        self.stream
-            .set_timeouts(None, Some(HELLO_PATIENCE))
-            .map_err(|e| failed(ChannelError::Lost(e)))?;
         Ok(metadata)
     }
 }
@@ -642,11 +640,21 @@ impl Shared {
         suspect: &mut Option<PageIndex>,
     ) -> Ended {
         let mut unpacked = vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE];
+        let mut asked_for_a_sign = false;
         loop {
             let message = match receiver.receive() {
                 Ok(message) => message,
+                // A link that is dead says nothing, and so does a server with nothing to say: it is asked.
+                Err(ChannelError::Quiet) if !asked_for_a_sign => {
+                    asked_for_a_sign = true;
+                    match lane.ping() {
+                        Ok(()) => continue,
+                        Err(ended) => return ended,
+                    }
+                }
                 Err(error) => return Ended::Channel(error),
             };
+            asked_for_a_sign = false;
             let result = match message {
                 Message::Pages(pages) => self.take_pages(lane, url, &pages, &mut unpacked, suspect),
                 Message::Zero(zero) => self.take(lane, zero.request, zero.range, Content::Zero, &[]),
@@ -794,9 +802,17 @@ impl Lane {
         Ok(())
     }
 
+    fn ping(&self) -> Result<(), Ended> {
+        self.say(&Message::Ping { token: 0 })
+    }
+
     fn pong(&self, token: u64) -> Result<(), Ended> {
+        self.say(&Message::Pong { token })
+    }
+
+    fn say(&self, message: &Message<'_>) -> Result<(), Ended> {
         match &mut self.lock().sender {
-            Some(sender) => sender.send(&Message::Pong { token }).map_err(Ended::Channel),
+            Some(sender) => sender.send(message).map_err(Ended::Channel),
             None => Ok(()),
         }
     }

@@ -9,11 +9,10 @@ use std::{
 };
 
 use linux_loader::{
-    elf::{EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, ELFDATA2MSB, Elf64_Ehdr, Elf64_Phdr, PT_LOAD},
-    loader::{
-        self, KernelLoader,
-        elf::{Elf, PvhBootCapability},
+    elf::{
+        EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, ELFDATA2MSB, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE,
     },
+    loader::{self, KernelLoader, elf::Elf},
 };
 use thiserror::Error;
 use vm_memory::{Address, ByteValued, GuestAddress, ReadVolatile};
@@ -107,6 +106,11 @@ pub(super) struct LoadedKernel {
     pub(super) segments: Vec<Range<u64>>,
 }
 
+/// More than any kernel's notes take.
+const NOTES_MAX: u64 = 64 << 10;
+/// XEN_ELFNOTE_PHYS32_ENTRY.
+const XEN_PHYS32_ENTRY: u32 = 18;
+
 /// Checks and loads the kernel in `file`. `memory` starts at 0 and is zero where the kernel goes.
 pub(super) fn load<F: Read + Seek + ReadVolatile>(
     file: &mut F,
@@ -115,16 +119,51 @@ pub(super) fn load<F: Read + Seek + ReadVolatile>(
 ) -> Result<LoadedKernel, ElfError> {
     let size = file.seek(SeekFrom::End(0)).map_err(ElfError::Read)?;
     let header = check_header(file, size)?;
-    let segments = check_segments(&program_headers(file, &header, size)?, size, ram_end)?;
-    let loaded = Elf::load(memory, None, file, None).map_err(ElfError::Load)?;
-    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(ElfError::NoPvhEntry);
-    };
-    let pvh_entry = entry.raw_value();
+    let headers = program_headers(file, &header, size)?;
+    let segments = check_segments(&headers, size, ram_end)?;
+    let pvh_entry = pvh_entry(file, &headers)?.ok_or(ElfError::NoPvhEntry)?;
+    Elf::load(memory, None, file, None).map_err(ElfError::Load)?;
     if !segments.iter().any(|segment| segment.contains(&pvh_entry)) {
         return Err(ElfError::EntryOutside(pvh_entry));
     }
     Ok(LoadedKernel { pvh_entry, segments })
+}
+
+/// The entry that a PVH note names. A kernel may have several segments of notes, as linkers make them for notes that are
+/// aligned differently, so all are looked at (linux-loader believes the last one).
+fn pvh_entry<F: Read + Seek>(file: &mut F, headers: &[Elf64_Phdr]) -> Result<Option<u64>, ElfError> {
+    for header in headers.iter().filter(|header| header.p_type == PT_NOTE) {
+        // A kernel's notes are a few hundred bytes.
+        let mut notes = vec![0; header.p_filesz.min(NOTES_MAX) as usize];
+        let present = read_from(file, header.p_offset, &mut notes)?;
+        // Notes of 8 bytes' alignment are laid out by it, all others by 4.
+        let alignment = if header.p_align == 8 { 8 } else { 4 };
+        if let Some(entry) = find_pvh_note(&notes[..present], alignment) {
+            return Ok(Some(entry));
+        }
+    }
+    Ok(None)
+}
+
+/// The value of the note XEN_ELFNOTE_PHYS32_ENTRY: type 18, name "Xen", 4 or 8 bytes.
+fn find_pvh_note(mut notes: &[u8], alignment: usize) -> Option<u64> {
+    while let Some((header, rest)) = notes.split_first_chunk::<12>() {
+        let field = |index: usize| u32::from_le_bytes(std::array::from_fn(|byte| header[index * 4 + byte]));
+        let (name_size, value_size, kind) = (field(0) as usize, field(1) as usize, field(2));
+        let value_at = (12 + name_size).next_multiple_of(alignment) - 12;
+        let name = rest.get(..name_size)?;
+        let value = rest.get(value_at..value_at + value_size)?;
+        if kind == XEN_PHYS32_ENTRY && name == b"Xen\0" {
+            return match *value {
+                [a, b, c, d, ref more @ ..] if more.is_empty() || more == [0; 4] => {
+                    Some(u32::from_le_bytes([a, b, c, d]).into())
+                }
+                _ => None,
+            };
+        }
+        notes = rest.get((12 + value_at + value_size).next_multiple_of(alignment) - 12..)?;
+    }
+    None
 }
 
 fn check_header<F: Read + Seek>(file: &mut F, size: u64) -> Result<Elf64_Ehdr, ElfError> {
@@ -204,13 +243,16 @@ fn check_segments(headers: &[Elf64_Phdr], size: u64, ram_end: u64) -> Result<Vec
                 size,
             });
         }
-        if header.p_type != PT_LOAD || header.p_memsz == 0 {
+        if header.p_type != PT_LOAD {
             continue;
         }
         if header.p_filesz > header.p_memsz {
             return Err(ElfError::BadHeader(
                 "a segment that is larger in the file than in memory",
             ));
+        }
+        if header.p_memsz == 0 {
+            continue;
         }
         let (start, size) = (header.p_paddr, header.p_memsz);
         let end = GuestAddress(start)
@@ -240,7 +282,12 @@ fn is_bzimage<F: Read + Seek>(file: &mut F) -> Result<bool, ElfError> {
 
 /// Reads from the start, less than all only at the end of the file.
 fn read_up_to<F: Read + Seek>(file: &mut F, buffer: &mut [u8]) -> Result<usize, ElfError> {
-    file.rewind().map_err(ElfError::Read)?;
+    read_from(file, 0, buffer)
+}
+
+/// Reads from `offset` as much of `buffer` as the file has.
+fn read_from<F: Read + Seek>(file: &mut F, offset: u64, buffer: &mut [u8]) -> Result<usize, ElfError> {
+    file.seek(SeekFrom::Start(offset)).map_err(ElfError::Read)?;
     let mut present = 0;
     while present < buffer.len() {
         match file.read(&mut buffer[present..]) {
@@ -403,7 +450,7 @@ mod tests {
             ElfError::OverlapsBootStructures { start: 0xd_f000, .. }
         ));
         assert!(matches!(
-            error(|kernel| kernel.load.p_memsz = 0),
+            error(|kernel| (kernel.load.p_memsz, kernel.load.p_filesz) = (0, 0)),
             ElfError::NoSegments
         ));
     }
@@ -419,5 +466,44 @@ mod tests {
             error(|kernel| kernel.pvh_entry = 0x20_0000),
             ElfError::EntryOutside(0x20_0000)
         ));
+    }
+
+    #[test]
+    fn the_pvh_note_is_found_among_others() {
+        let note = |name: &[u8], kind: u32, value: &[u8], alignment: usize| {
+            let mut note = Vec::new();
+            for word in [name.len() as u32, value.len() as u32, kind] {
+                note.extend(word.to_le_bytes());
+            }
+            note.extend(name);
+            note.resize(note.len().next_multiple_of(alignment), 0);
+            note.extend(value);
+            note.resize(note.len().next_multiple_of(alignment), 0);
+            note
+        };
+        for alignment in [4, 8] {
+            let entry = note(b"Xen\0", 18, &0x10_0000u64.to_le_bytes(), alignment);
+            let property = note(b"GNU\0", 5, &[1; 16], alignment);
+            let guest_os = note(b"Xen\0", 6, b"Linux\0", alignment);
+            let find = |notes: &[&[u8]]| find_pvh_note(&notes.concat(), alignment);
+            assert_eq!(find(&[&property, &guest_os, &entry]), Some(0x10_0000));
+            assert_eq!(find(&[&entry, &property]), Some(0x10_0000));
+            assert_eq!(find(&[&property, &guest_os]), None);
+            for end in 0..entry.len() {
+                assert_eq!(find_pvh_note(&entry[..end], alignment), None, "{end}");
+            }
+        }
+        assert_eq!(
+            find_pvh_note(&note(b"Xen\0", 18, &0x20_0000u32.to_le_bytes(), 4), 4),
+            Some(0x20_0000)
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_notes_are_a_panic(notes: Vec<u8>) {
+            find_pvh_note(&notes, 4);
+            find_pvh_note(&notes, 8);
+        }
     }
 }

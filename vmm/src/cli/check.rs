@@ -8,7 +8,7 @@ use umem::uffd::{Features, Userfaultfd};
 
 use super::error::{CommandError, chain};
 use super::options::Size;
-use crate::kvm::Host;
+use crate::kvm::{Host, Vm};
 
 /// What `umem check` takes.
 #[derive(Debug, Args)]
@@ -69,7 +69,7 @@ pub(super) fn run(options: &CheckOptions) -> Result<(), CommandError> {
     check_userfaultfd(&mut items);
     check_memory(&mut items);
     check_limits(&mut items);
-    print(&items, options.json);
+    print(&items, options.json)?;
 
     let missing: Vec<&str> = items
         .iter()
@@ -86,10 +86,10 @@ pub(super) fn run(options: &CheckOptions) -> Result<(), CommandError> {
     }
 }
 
-fn print(items: &[Item], json: bool) {
+fn print(items: &[Item], json: bool) -> Result<(), CommandError> {
     if json {
-        println!("{:#}", serde_json::json!({ "items": items }));
-        return;
+        say!("{:#}", serde_json::json!({ "items": items }));
+        return Ok(());
     }
     for item in items {
         let mark = match item.status {
@@ -97,11 +97,12 @@ fn print(items: &[Item], json: bool) {
             Status::Optional => "--",
             Status::Missing => "MISSING",
         };
-        println!("{mark:7}  {:24}  {}", item.name, item.found);
+        say!("{mark:7}  {:24}  {}", item.name, item.found);
         if let Some(fix) = &item.fix {
-            println!("{:35}  to mend: {fix}", "");
+            say!("{:35}  to mend: {fix}", "");
         }
     }
+    Ok(())
 }
 
 fn check_kvm(items: &mut Vec<Item>) {
@@ -118,10 +119,7 @@ fn check_kvm(items: &mut Vec<Item>) {
     items.push(Item::ok("/dev/kvm", "opens, and has all that is needed"));
     let bits = host.physical_address_bits();
     items.push(Item::ok("guest-physical addresses", format!("{bits} bits")));
-    items.push(Item::ok(
-        "vCPUs",
-        format!("{} at most", host.kvm().get_max_vcpus()),
-    ));
+    items.push(Item::ok("vCPUs", format!("{} at most", Vm::max_vcpus_on(&host))));
     let optional = [
         ("async page faults", Cap::AsyncPf, "5.8"),
         ("dirty ring", Cap::DirtyLogRing, "5.11"),

@@ -97,6 +97,9 @@ pub(super) enum CommandError {
         /// The exit code.
         code: u8,
     },
+    /// Nobody takes the answer.
+    #[error("cannot write to standard output")]
+    Output(#[source] std::io::Error),
     /// There is no place for the report.
     #[error(transparent)]
     NoReport(ReportError),
@@ -124,6 +127,7 @@ impl CommandError {
             | Self::ReadImage(image::ReadError::Io { .. })
             | Self::Vcpu(_)
             | Self::Serve(_)
+            | Self::Output(_)
             | Self::Report(_) => exit_code::RUNTIME,
             Self::Option { .. }
             | Self::Usage(_)

@@ -122,7 +122,7 @@ fn create(options: &CreateOptions) -> Result<(), CommandError> {
         Existing::Keep
     };
     let footer = writer.finish(&metadata, existing)?;
-    println!(
+    say!(
         "{}: {} RAM, {} of {} pages hold something",
         options.output.display(),
         options.memory,
@@ -180,24 +180,25 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
             "digest": digest.as_str(), "metadata": metadata,
         });
-        println!("{object:#}");
+        say!("{object:#}");
         return Ok(());
     }
-    println!("image         {path}");
-    println!(
+    say!("image         {path}");
+    say!(
         "RAM           {} ({} pages, {} hold something)",
         Size(footer.ram_size),
         image.pages(),
         footer.data_pages
     );
-    println!("kernel        {}", metadata.kernel);
-    println!(
+    say!("kernel        {}", metadata.kernel);
+    say!(
         "entry         {:?} at {:#x}",
-        metadata.entry.protocol, metadata.entry.entry
+        metadata.entry.protocol,
+        metadata.entry.entry
     );
-    println!("command line  {}", metadata.command_line);
-    println!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
-    println!("digest        {digest}");
+    say!("command line  {}", metadata.command_line);
+    say!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
+    say!("digest        {digest}");
     Ok(())
 }
 
@@ -207,7 +208,7 @@ fn verify(path: &Path) -> Result<(), CommandError> {
     let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
     progress.finish_and_clear();
     for page in &verified.corrupt {
-        println!("page={page} offset={:#x} wrong", page.byte_offset());
+        say!("page={page} offset={:#x} wrong", page.byte_offset());
     }
     let path = path.display();
     if verified.corrupt_count > 0 {
@@ -221,7 +222,7 @@ fn verify(path: &Path) -> Result<(), CommandError> {
             "image '{path}' is corrupt: its checksum table does not match its digest"
         )));
     }
-    println!(
+    say!(
         "{path}: {} pages right, {} of them hold something",
         image.pages(),
         verified.data_pages

@@ -1,5 +1,12 @@
 //! The command line. One file a verb.
 
+/// Writes a line of what a command answers; ends the function if that fails.
+macro_rules! say {
+    ($($words:tt)*) => {
+        crate::cli::answer(&format!("{}\n", format_args!($($words)*)))?
+    };
+}
+
 mod check;
 mod error;
 mod image;
@@ -7,6 +14,7 @@ mod options;
 mod run;
 mod serve;
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -99,6 +107,15 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Writes what a command answers.
+fn answer(text: &str) -> Result<(), CommandError> {
+    let mut output = std::io::stdout().lock();
+    output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+        .map_err(CommandError::Output)
+}
+
 /// Commands whose output is what they are for end quietly when nobody reads on, as programs in a pipeline do.
 fn end_when_nobody_reads() {
     // SAFETY: no other thread is running yet, and no handler of this program is replaced.
@@ -115,7 +132,10 @@ fn start_log(options: &LogOptions) -> Result<(), CommandError> {
         .with_env_filter(EnvFilter::new(level))
         .with_target(false);
     match &options.log_file {
-        None => log.with_writer(std::io::stderr).init(),
+        None => log
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)
+            .init(),
         Some(path) => {
             let file = std::fs::File::options().create(true).append(true).open(path);
             let file = file.map_err(|source| CommandError::LogFile {

@@ -80,12 +80,16 @@ pub(super) fn run(options: &ServeOptions) -> Result<(), CommandError> {
         stopper.stop();
     });
     let address = listener.address().map_err(CommandError::Serve)?;
-    println!("serving at {address}");
+    say!("serving at {address}");
     server.serve(&listener).map_err(CommandError::Serve)?;
     let stats = server.stats();
-    println!(
+    say!(
         "served channels={} refused={} requests={} pages={} bytes={}",
-        stats.channels, stats.refused, stats.requests, stats.pages, stats.bytes
+        stats.channels,
+        stats.refused,
+        stats.requests,
+        stats.pages,
+        stats.bytes
     );
     Ok(())
 }

@@ -24,7 +24,7 @@ pub enum EventLoopError {
     #[error("cannot create an event descriptor")]
     Event(#[source] std::io::Error),
     /// Signals cannot be taken as events.
-    #[error("cannot take SIGINT and SIGTERM as events")]
+    #[error("cannot take signals as events")]
     Signals(#[source] errno::Error),
 }
 
@@ -43,7 +43,7 @@ impl std::fmt::Debug for EventLoop {
 }
 
 impl EventLoop {
-    /// A loop that ends with [`Ending::Stopped`] at SIGINT or SIGTERM.
+    /// A loop that ends with [`Ending::Stopped`] at SIGTERM, and at SIGINT, SIGQUIT and SIGHUP unless they are ignored.
     ///
     /// The signals are blocked in the calling thread, and in those that it starts from now on. So this comes before any
     /// other thread is started; else a signal may reach one of those and end the program.
@@ -53,7 +53,14 @@ impl EventLoop {
             manager: EventManager::new().map_err(EventLoopError::Manager)?,
             stopper: stopper.clone(),
         };
-        let signals = block_and_receive(&[libc::SIGINT, libc::SIGTERM]).map_err(EventLoopError::Signals)?;
+        // A blocked signal is received even if it is ignored, as SIGINT is in the background of a shell and SIGHUP under nohup.
+        let mut ending = vec![libc::SIGTERM];
+        ending.extend(
+            [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP]
+                .into_iter()
+                .filter(|signal| !signals::is_ignored(*signal)),
+        );
+        let signals = block_and_receive(&ending).map_err(EventLoopError::Signals)?;
         event_loop.add_descriptor(signals, move |_| {
             info!("stopped by a signal");
             Some(Ending::Stopped)

@@ -21,6 +21,12 @@ use super::tick::Tick;
 /// Less than `PIPE_BUF`, so that a pipe that is reported as writable takes it all without waiting.
 const BUFFER_SIZE: usize = 128;
 
+/// How long the last of the guest's output may wait to be read.
+const LAST_WORDS: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
 /// Where the guest's output goes.
 #[derive(Debug)]
 pub(super) struct Output {
@@ -103,8 +109,19 @@ impl Write for Output {
 }
 
 impl Drop for Output {
+    /// What a reader does not take within a while is lost: the report and the exit code do not wait for it.
     fn drop(&mut self) {
-        self.flush_now();
+        let Some(sink) = &self.sink else { return };
+        if self.buffer.is_empty() {
+            return;
+        }
+        match poll(&mut [PollFd::new(sink, PollFlags::OUT)], Some(&LAST_WORDS)) {
+            Ok(0) => warn!(
+                bytes = self.buffer.len(),
+                "nobody reads the guest's last output; it is lost"
+            ),
+            _ => self.flush_now(),
+        }
     }
 }
 
@@ -163,6 +180,17 @@ mod tests {
         while !read(&mut reader).is_empty() {}
         assert!(output.try_flush());
         assert_eq!(read(&mut reader), b"$ ");
+    }
+
+    #[test]
+    fn the_end_does_not_wait_for_ever_for_a_reader() {
+        let (mut output, _reader) = output();
+        let sink = output.sink.as_ref().unwrap();
+        while rustix::io::write(sink, &[0; 4096]).is_ok() {}
+        // As a program's standard output is: a write to it waits.
+        rustix::io::ioctl_fionbio(sink, false).unwrap();
+        output.write_all(b"$ ").unwrap();
+        drop(output);
     }
 
     #[test]

@@ -74,8 +74,13 @@ impl Vm {
         .map_err(chipset("interval timer"))?;
         Ok(Self {
             fd,
-            max_vcpus: host.kvm().get_max_vcpus().min(VCPUS_MAX),
+            max_vcpus: Self::max_vcpus_on(host),
         })
+    }
+
+    /// How many vCPUs a VM can have on this host.
+    pub fn max_vcpus_on(host: &Host) -> usize {
+        host.kvm().get_max_vcpus().min(VCPUS_MAX)
     }
 
     /// Shows the guest `size` bytes of this process at guest-physical `guest`. A slot that is in use is changed; a size of 0
