@@ -4,13 +4,18 @@ use std::os::fd::OwnedFd;
 
 use rustix::{
     io::Errno,
-    termios::{InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr},
+    termios::{
+        InputModes, LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr,
+    },
 };
 use tracing::warn;
 
+/// `_POSIX_VDISABLE`: no key has this meaning.
+const DISABLED: u8 = 0;
+
 /// Keys go to the guest as they are typed, until this is restored or dropped.
 ///
-/// Two things stay with the host: the keys that send signals, so that Ctrl-C stops the VM, and the processing of output, so
+/// Two things stay with the host: the keys that end a program, so that Ctrl-C stops the VM, and the processing of output, so
 /// that messages of this program do not run down the screen like stairs.
 #[derive(Debug)]
 pub(super) struct RawMode {
@@ -34,6 +39,8 @@ impl RawMode {
                 | InputModes::BRKINT
                 | InputModes::PARMRK,
         );
+        // Ctrl-Z is for the guest's shell. This program could not give the terminal back before it is stopped.
+        raw.special_codes[SpecialCodeIndex::VSUSP] = DISABLED;
         tcsetattr(&terminal, OptionalActions::Now, &raw)?;
         Ok(Self {
             terminal,
