@@ -216,6 +216,11 @@ impl PageSource for Gated {
         Ok(None)
     }
 
+    fn close(&self) {
+        self.set(&self.reads_go, true);
+        self.set(&self.searches_go, true);
+    }
+
     fn stats(&self) -> SourceStats {
         SourceStats::default()
     }

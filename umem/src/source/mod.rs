@@ -95,6 +95,9 @@ pub trait PageSource: Send + Sync {
         false
     }
 
+    /// Nothing more is wanted: whoever waits in `read` or `next_data` for something far away is let go with an error.
+    fn close(&self) {}
+
     /// What it has done so far.
     fn stats(&self) -> SourceStats;
 }

@@ -5,133 +5,32 @@
 //! what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps waiting. Only
 //! when nothing was reached for the whole time-out, and somebody waits, is the source lost.
 
+mod error;
+mod lane;
+mod opened;
+mod url;
+
 use std::collections::HashMap;
-use std::fmt;
-use std::io;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use self::lane::{Ended, Lane, LaneState, Pending, subtract};
+use self::opened::{Opened, open_channel};
 use super::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
-use crate::channel::{ChannelError, Receiver, Sender};
-use crate::link::{Address, AddressError, Stream};
+use crate::channel::{ChannelError, Receiver};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 use crate::wire::{
-    BitmapKind, BitmapRequest, ChannelKind, Epoch, FailCode, Features, Hello, Incoming, MAX_BITMAP_PAGES,
-    MAX_PAGES_PER_FRAME, Message, Pages, RefuseCode, Request, RequestId, Role, Run, SessionId, VERSION,
-    WireError,
+    ChannelKind, FailCode, MAX_BITMAP_PAGES, MAX_PAGES_PER_FRAME, Message, Pages, RequestId, Run, WireError,
 };
+
+pub use error::RemoteError;
+pub use url::RemoteUrl;
 
 /// The first and the longest pause between attempts to connect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
-
-/// How long a server may take to answer a hello.
-const HELLO_PATIENCE: Duration = Duration::from_secs(10);
-
-/// A page server and an image on it: `tcp:HOST:PORT`, `tcp:HOST:PORT/NAME`, `unix:PATH`, `unix:PATH#NAME`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RemoteUrl {
-    /// Where the server is.
-    pub address: Address,
-    /// The image's name; empty: the only one there is.
-    pub image: String,
-}
-
-impl FromStr for RemoteUrl {
-    type Err = AddressError;
-
-    fn from_str(text: &str) -> Result<Self, AddressError> {
-        let separator = if text.starts_with("unix:") { '#' } else { '/' };
-        let (address, image) = text.split_once(separator).unwrap_or((text, ""));
-        Ok(Self {
-            address: address.parse()?,
-            image: image.to_owned(),
-        })
-    }
-}
-
-impl fmt::Display for RemoteUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let separator = if matches!(self.address, Address::Unix(_)) {
-            '#'
-        } else {
-            '/'
-        };
-        write!(f, "{}", self.address)?;
-        if self.image.is_empty() {
-            Ok(())
-        } else {
-            write!(f, "{separator}{}", self.image)
-        }
-    }
-}
-
-/// Why a page server does not give pages.
-#[derive(Debug, thiserror::Error)]
-pub enum RemoteError {
-    /// It cannot be reached.
-    #[error("cannot connect to {url}")]
-    Connect {
-        /// The server.
-        url: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// It does not want to.
-    #[error("{url} refused: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
-    Refused {
-        /// The server.
-        url: String,
-        /// Why.
-        code: RefuseCode,
-        /// Why, in its words.
-        text: String,
-    },
-    /// The channel ended.
-    #[error("the connection to {url} failed")]
-    Channel {
-        /// The server.
-        url: String,
-        /// Why.
-        source: ChannelError,
-    },
-    /// It has lost the page.
-    #[error("{url} cannot give pages {pages}: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
-    Failed {
-        /// The server.
-        url: String,
-        /// The pages.
-        pages: PageRange,
-        /// Why.
-        code: FailCode,
-        /// Why, in its words.
-        text: String,
-    },
-    /// It sends a page that is not what was put there, also when asked again.
-    #[error("page {page} from {url} does not match its checksum")]
-    Corrupt {
-        /// The server.
-        url: String,
-        /// The page.
-        page: PageIndex,
-    },
-    /// It was not reached again in time.
-    #[error("no page server was reached for {seconds} s, last tried {url}")]
-    TimedOut {
-        /// How long it was tried.
-        seconds: u64,
-        /// The last that was tried.
-        url: String,
-        /// Why it was not reached.
-        source: Box<Self>,
-    },
-    /// This side is ending.
-    #[error("the source is closed")]
-    Closed,
-}
 
 /// An image on a page server.
 pub struct RemoteSource {
@@ -153,41 +52,6 @@ struct Shared {
     bytes: AtomicU64,
     requests: AtomicU64,
     reconnects: AtomicU64,
-}
-
-/// One channel, with what survives its connection.
-struct Lane {
-    kind: ChannelKind,
-    state: Mutex<LaneState>,
-    /// There is something to wait for, or the end.
-    changed: Condvar,
-}
-
-struct LaneState {
-    /// `None` while there is no connection.
-    sender: Option<Sender>,
-    stream: Option<Arc<Stream>>,
-    next: u64,
-    pending: HashMap<RequestId, Pending>,
-}
-
-/// What was asked for.
-enum Pending {
-    /// Pages for the sink.
-    Pages { left: Vec<PageRange>, class: Class },
-    /// Pages for a thread that waits.
-    Read {
-        pages: PageRange,
-        left: Vec<PageRange>,
-        buffer: Vec<u8>,
-        answer: SyncSender<Result<Vec<u8>, SourceError>>,
-    },
-    /// Which pages of a chunk hold something, for a thread that waits.
-    Bitmap {
-        chunk: PageRange,
-        bits: Vec<u8>,
-        answer: SyncSender<Result<Vec<u8>, SourceError>>,
-    },
 }
 
 impl RemoteSource {
@@ -223,6 +87,7 @@ impl RemoteSource {
                 stream: None,
                 next: 1,
                 pending: HashMap::new(),
+                closed: false,
             }),
             changed: Condvar::new(),
         };
@@ -262,13 +127,7 @@ impl RemoteSource {
 
 impl Drop for RemoteSource {
     fn drop(&mut self) {
-        self.shared.closing.store(true, Relaxed);
-        for lane in &self.shared.lanes {
-            if let Some(stream) = &lane.lock().stream {
-                let _ = stream.shutdown();
-            }
-            lane.changed.notify_all();
-        }
+        self.close();
     }
 }
 
@@ -336,6 +195,13 @@ impl PageSource for RemoteSource {
         true
     }
 
+    fn close(&self) {
+        self.shared.closing.store(true, Relaxed);
+        for lane in &self.shared.lanes {
+            lane.close();
+        }
+    }
+
     fn stats(&self) -> SourceStats {
         let shared = &self.shared;
         SourceStats {
@@ -343,155 +209,6 @@ impl PageSource for RemoteSource {
             requests: shared.requests.load(Relaxed),
             reconnects: shared.reconnects.load(Relaxed),
         }
-    }
-}
-
-impl Lane {
-    fn lock(&self) -> MutexGuard<'_, LaneState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Asks for something, now or as soon as there is a connection.
-    fn ask(&self, pending: Pending) {
-        let mut state = self.lock();
-        let id = RequestId(state.next);
-        state.next += 1;
-        let LaneState { sender, .. } = &mut *state;
-        if let Some(sender) = sender {
-            // Where it fails the receiving thread sees it too, and asks again on the next connection.
-            if let Err(error) = pending.send(id, sender) {
-                tracing::debug!(%error, "cannot ask");
-            }
-        }
-        state.pending.insert(id, pending);
-        drop(state);
-        self.changed.notify_all();
-    }
-}
-
-impl Pending {
-    fn send(&self, request: RequestId, sender: &mut Sender) -> Result<(), ChannelError> {
-        match self {
-            Self::Pages { left, .. } | Self::Read { left, .. } => sender.send(&Message::Request(Request {
-                request,
-                ranges: (&left[..]).into(),
-            })),
-            Self::Bitmap { chunk, .. } => sender.send(&Message::BitmapRequest(BitmapRequest {
-                request,
-                kind: BitmapKind::Data,
-                range: *chunk,
-            })),
-        }
-    }
-
-    fn left(&mut self) -> Option<&mut Vec<PageRange>> {
-        match self {
-            Self::Pages { left, .. } | Self::Read { left, .. } => Some(left),
-            Self::Bitmap { .. } => None,
-        }
-    }
-}
-
-/// A new channel, before anything was asked on it.
-struct Opened {
-    sender: Sender,
-    receiver: Receiver,
-    stream: Arc<Stream>,
-    pages: u64,
-    digest: Option<[u8; 32]>,
-}
-
-fn open_channel(
-    url: &RemoteUrl,
-    channel: ChannelKind,
-    digest: Option<[u8; 32]>,
-    pages: Option<u64>,
-) -> Result<Opened, RemoteError> {
-    let failed = |source: ChannelError| RemoteError::Channel {
-        url: url.to_string(),
-        source,
-    };
-    let stream = Stream::connect(&url.address)
-        .and_then(|stream| {
-            stream
-                .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
-                .map(|()| stream)
-        })
-        .map_err(|source| RemoteError::Connect {
-            url: url.to_string(),
-            source,
-        })?;
-    let stream = Arc::new(stream);
-    let mut sender = Sender::new(Arc::clone(&stream));
-    let mut receiver = Receiver::new(Arc::clone(&stream), Incoming::connector());
-    let hello = Hello {
-        version: VERSION,
-        features: Features::NONE,
-        pages,
-        epoch: Epoch(0),
-        keep_alive_ms: 0,
-        channel,
-        role: Role::Fetcher,
-        session: SessionId::NEW,
-        digest,
-        image: &url.image,
-    };
-    sender.send(&Message::Hello(hello)).map_err(failed)?;
-    let welcome = match receiver.receive().map_err(failed)? {
-        Message::Welcome(welcome) => welcome,
-        Message::Refused(refused) => {
-            let (code, text) = (refused.code, refused.text.to_owned());
-            return Err(RemoteError::Refused {
-                url: url.to_string(),
-                code,
-                text,
-            });
-        }
-        // `Incoming` lets nothing else through.
-        _ => return Err(failed(ChannelError::Closed)),
-    };
-    welcome.check(&hello).map_err(|error| failed(error.into()))?;
-    receiver.incoming.open(channel, Role::Provider, welcome.features);
-    let keep_alive = match welcome.keep_alive_ms {
-        0 => None,
-        milliseconds => Some(Duration::from_millis(milliseconds.into())),
-    };
-    stream
-        .set_timeouts(keep_alive, Some(HELLO_PATIENCE))
-        .map_err(|error| failed(ChannelError::Lost(error)))?;
-    Ok(Opened {
-        sender,
-        receiver,
-        stream,
-        pages: welcome.pages,
-        digest: welcome.digest,
-    })
-}
-
-impl Opened {
-    fn read_metadata(&mut self, url: &RemoteUrl) -> Result<Vec<u8>, RemoteError> {
-        let failed = |source: ChannelError| RemoteError::Channel {
-            url: url.to_string(),
-            source,
-        };
-        let request = RequestId(u64::MAX);
-        self.sender
-            .send(&Message::MetadataRequest { request })
-            .map_err(failed)?;
-        let metadata = match self.receiver.receive().map_err(failed)? {
-            Message::Metadata { bytes, .. } => bytes.to_vec(),
-            Message::Failed(answer) => {
-                let (pages, code, text) = (answer.range, answer.code, answer.text.to_owned());
-                return Err(RemoteError::Failed {
-                    url: url.to_string(),
-                    pages,
-                    code,
-                    text,
-                });
-            }
-            _ => return Err(failed(ChannelError::Closed)),
-        };
-        Ok(metadata)
     }
 }
 
@@ -770,118 +487,5 @@ impl Shared {
             let _ = answer.try_send(Ok(buffer));
         }
         Ok(())
-    }
-}
-
-/// Why nothing more comes on a connection.
-enum Ended {
-    /// The connection; another may do better.
-    Channel(ChannelError),
-    /// The source; no other connection would.
-    Source(SourceError),
-}
-
-impl Lane {
-    /// Goes on with a new connection: asks for everything that has not come.
-    fn resume(&self, sender: Sender, stream: &Arc<Stream>) -> Result<(), ChannelError> {
-        let mut state = self.lock();
-        state.stream = Some(Arc::clone(stream));
-        let LaneState {
-            sender: place,
-            pending,
-            ..
-        } = &mut *state;
-        let sender = place.insert(sender);
-        let mut ids: Vec<RequestId> = pending.keys().copied().collect();
-        ids.sort_unstable();
-        for id in ids {
-            if let Some(pending) = pending.get(&id) {
-                pending.send(id, sender)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn ping(&self) -> Result<(), Ended> {
-        self.say(&Message::Ping { token: 0 })
-    }
-
-    fn pong(&self, token: u64) -> Result<(), Ended> {
-        self.say(&Message::Pong { token })
-    }
-
-    fn say(&self, message: &Message<'_>) -> Result<(), Ended> {
-        match &mut self.lock().sender {
-            Some(sender) => sender.send(message).map_err(Ended::Channel),
-            None => Ok(()),
-        }
-    }
-
-    fn take_bitmap(&self, request: RequestId, range: PageRange, new: &[u8]) -> Result<(), Ended> {
-        let not_asked = || Ended::Channel(ChannelError::Unasked { pages: range });
-        let mut state = self.lock();
-        let Some(Pending::Bitmap { chunk, bits, .. }) = state.pending.get_mut(&request) else {
-            return Err(not_asked());
-        };
-        if range.start < chunk.start || range.end() > chunk.end() {
-            return Err(not_asked());
-        }
-        let at = ((range.start.0 - chunk.start.0) / 8) as usize;
-        bits[at..at + new.len()].copy_from_slice(new);
-        if range.end() == chunk.end()
-            && let Some(Pending::Bitmap { bits, answer, .. }) = state.pending.remove(&request)
-        {
-            let _ = answer.try_send(Ok(bits));
-        }
-        Ok(())
-    }
-}
-
-/// Takes `range` out of `left`. False, and nothing is changed: not all of it is there in one piece.
-fn subtract(left: &mut Vec<PageRange>, range: PageRange) -> bool {
-    let holds = |whole: &PageRange| whole.start <= range.start && range.end() <= whole.end();
-    let Some(index) = left.iter().position(holds) else {
-        return false;
-    };
-    let whole = left[index];
-    let before = PageRange::new(whole.start, range.start.0 - whole.start.0);
-    let after = PageRange::new(range.end(), whole.end().0 - range.end().0);
-    left.splice(
-        index..=index,
-        [before, after].into_iter().filter(|piece| piece.count > 0),
-    );
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn urls_name_a_server_and_an_image() {
-        for (text, image) in [
-            ("tcp:host:1", ""),
-            ("tcp:[::1]:80/base", "base"),
-            ("unix:/run/umem", ""),
-            ("unix:/run/umem#base", "base"),
-        ] {
-            let url: RemoteUrl = text.parse().unwrap();
-            assert_eq!(url.image, image);
-            assert_eq!(url.to_string(), text);
-        }
-        assert!("tcp:host/base".parse::<RemoteUrl>().is_err());
-    }
-
-    #[test]
-    fn what_came_is_no_longer_left() {
-        let range = |start, count| PageRange::new(PageIndex(start), count);
-        let mut left = vec![range(10, 10)];
-        assert!(!subtract(&mut left, range(9, 2)));
-        assert!(subtract(&mut left, range(12, 3)));
-        assert_eq!(left, [range(10, 2), range(15, 5)]);
-        assert!(!subtract(&mut left, range(11, 2)), "a page came twice");
-        assert!(subtract(&mut left, range(15, 5)));
-        assert!(subtract(&mut left, range(10, 2)));
-        assert!(left.is_empty());
     }
 }

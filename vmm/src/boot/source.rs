@@ -98,6 +98,10 @@ impl PageSource for LayoutSource {
         Ok(base.into_iter().chain(own).min_by_key(|run| run.start))
     }
 
+    fn close(&self) {
+        self.base.close();
+    }
+
     fn stats(&self) -> SourceStats {
         self.base.stats()
     }

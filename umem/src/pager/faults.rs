@@ -1,0 +1,249 @@
+//! The thread that reads events and answers what it can at once.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+
+use super::install::Fetched;
+use super::{FaultClass, PagerError, Shared};
+use crate::source::{Class, Content};
+use crate::states::{Arrival, Claim, PageState};
+use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
+use crate::units::{PageIndex, PageRange};
+
+/// Events read at a time.
+const EVENTS: usize = 64;
+
+/// A fault to be answered.
+#[derive(Clone, Copy)]
+struct Fault {
+    page: PageIndex,
+    kind: FaultKind,
+}
+
+/// The thread that reads events.
+pub(super) struct FaultThread {
+    shared: Arc<Shared>,
+    events: EventBuffer,
+    /// Faults that were read and not yet answered.
+    faults: Vec<Fault>,
+    buffer: Vec<u8>,
+}
+
+impl FaultThread {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        let buffer = Shared::buffer(shared.region.page_size().pages());
+        Self {
+            shared,
+            events: EventBuffer::new(EVENTS),
+            faults: Vec::with_capacity(2 * EVENTS),
+            buffer,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let result = self.serve();
+        // What cannot be installed now never will be: whoever tries gives up.
+        shared.events_ended.store(true, Release);
+        if let Err(error) = result {
+            shared.fail(PagerError::Events(error));
+        }
+    }
+
+    /// Serves faults until told to stop; an error says that events can no longer be read.
+    fn serve(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            let mut ready = [
+                PollFd::from_borrowed_fd(shared.uffd.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(shared.stop.as_fd(), PollFlags::IN),
+            ];
+            match rustix::event::poll(&mut ready, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if !ready[1].revents().is_empty() {
+                return Ok(());
+            }
+            let since = Instant::now();
+            self.read_events()?;
+            while let Some(fault) = self.faults.pop() {
+                if let Err(error) = self.answer(fault, since) {
+                    shared.fail(error);
+                }
+            }
+            shared.schedule.note_progress();
+            shared.release_if_settled();
+        }
+    }
+
+    /// Reads every event there is: marks what is removed, keeps the faults for later.
+    fn read_events(&mut self) -> io::Result<()> {
+        let shared = &self.shared;
+        let no_installations = shared.installing.write().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let mut count = 0;
+            for event in shared.uffd.read(&mut self.events)? {
+                count += 1;
+                match event {
+                    Event::Fault { address, kind, .. } => {
+                        if let Some(page) = shared.region.page_at(address) {
+                            self.faults.push(Fault { page, kind });
+                        } else {
+                            tracing::warn!(%address, "page fault outside the region");
+                        }
+                    }
+                    Event::Remove { start, end } => shared.remove(start, end),
+                    Event::Other(number) => tracing::warn!(number, "unexpected userfaultfd event"),
+                }
+            }
+            if count < self.events.capacity() {
+                break;
+            }
+        }
+        drop(no_installations);
+        Ok(())
+    }
+
+    fn answer(&mut self, fault: Fault, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        let unit = shared.states.unit_of(fault.page);
+        match fault.kind {
+            FaultKind::Minor => self.answer_minor(unit, since),
+            FaultKind::Missing | FaultKind::WriteProtect => match shared.states.claim(unit) {
+                Claim::Granted => match shared.source.try_read(unit, &mut self.buffer) {
+                    Ok(Some(content)) => self.install_claimed(unit, content, since),
+                    Ok(None) => {
+                        shared.await_fetch(unit, since, FaultClass::Fetched);
+                        // Before it is asked for: the answer may be faster than this thread.
+                        shared.schedule.begin_demand();
+                        if !shared.source.submit(unit, Class::Demand) {
+                            shared.schedule.enqueue(unit);
+                        }
+                        Ok(())
+                    }
+                    Err(error) => Err(shared.source_error(error)),
+                },
+                Claim::Joined => self.join(unit, since),
+                Claim::Present | Claim::Removed => self.zero_settled(unit, since),
+            },
+        }
+    }
+
+    /// Waits for a fetch that is under way. The race: it may have ended, and woken nobody, before we were on the list; then
+    /// the state says so, and we answer ourselves.
+    fn join(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        self.shared.await_fetch(unit, since, FaultClass::Joined);
+        if self.shared.states.get(unit.start) == PageState::InFlight {
+            return Ok(());
+        }
+        self.shared.waiting().retain(|waiting| waiting.unit != unit.start);
+        self.answer(
+            Fault {
+                page: unit.start,
+                kind: FaultKind::Missing,
+            },
+            since,
+        )
+    }
+
+    /// Installs a claimed unit's content.
+    fn install_claimed(
+        &mut self,
+        unit: PageRange,
+        content: Content,
+        since: Instant,
+    ) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            // Removed while it was claimed: this thread reads the events, so only its own `read_events` below does that.
+            if shared.states.get(unit.start) != PageState::InFlight {
+                return self.zero_settled(unit, since);
+            }
+            let bytes = Fetched {
+                pages: unit,
+                content,
+                buffer: &self.buffer,
+            }
+            .bytes_of(unit);
+            if shared.install(unit, bytes)? > 0 {
+                let (arrival, class) = match bytes {
+                    Some(_) => (Arrival::Demand, FaultClass::Immediate),
+                    None => (Arrival::Zero, FaultClass::Zero),
+                };
+                shared.states.arrive(unit, arrival);
+                shared.latency[class as usize].record(since.elapsed());
+                return Ok(());
+            }
+            self.read_events().map_err(PagerError::Events)?;
+        }
+    }
+
+    /// A fault on a settled page. Either it was answered already, or the page has lost its memory: removed, or taken away
+    /// without a word. It gets a zero page; if there is a page after all, the kernel says so and nothing is replaced.
+    fn zero_settled(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        let class = loop {
+            match shared.try_install(unit, None).stopped {
+                None => {
+                    shared.states.touch(unit);
+                    break FaultClass::Zero;
+                }
+                Some(InstallError::Exists) => {
+                    shared.wake(unit);
+                    break FaultClass::Joined;
+                }
+                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => {
+                    break FaultClass::Joined;
+                }
+                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(source) => {
+                    return Err(PagerError::Install {
+                        page: unit.start,
+                        source,
+                    });
+                }
+            }
+        };
+        shared.latency[class as usize].record(since.elapsed());
+        Ok(())
+    }
+
+    /// A page is in the memory behind the region and not mapped. In flight it is one that another thread is installing: the
+    /// kernel puts a page into the file, whole, before it maps it.
+    fn answer_minor(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            if shared.states.get(unit.start) == PageState::Absent {
+                return Err(PagerError::Unaccounted { page: unit.start });
+            }
+            match shared.uffd.continue_(shared.region.addresses(unit)).stopped {
+                None => break,
+                // Mapped by another thread; or gone again before it was mapped (EFAULT): the thread that waits looks again.
+                Some(InstallError::Exists | InstallError::Other(Errno::FAULT)) => {
+                    shared.wake(unit);
+                    break;
+                }
+                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => break,
+                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(source) => {
+                    return Err(PagerError::Install {
+                        page: unit.start,
+                        source,
+                    });
+                }
+            }
+        }
+        if shared.states.get(unit.start) == PageState::Removed {
+            shared.states.touch(unit);
+        }
+        shared.latency[FaultClass::Minor as usize].record(since.elapsed());
+        Ok(())
+    }
+}

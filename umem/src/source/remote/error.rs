@@ -1,0 +1,71 @@
+//! What can go wrong with a page server.
+
+use std::io;
+
+use crate::channel::ChannelError;
+use crate::units::{PageIndex, PageRange};
+use crate::wire::{FailCode, RefuseCode};
+
+/// Why a page server does not give pages.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// It cannot be reached.
+    #[error("cannot connect to {url}")]
+    Connect {
+        /// The server.
+        url: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not want to.
+    #[error("{url} refused: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Refused {
+        /// The server.
+        url: String,
+        /// Why.
+        code: RefuseCode,
+        /// Why, in its words.
+        text: String,
+    },
+    /// The channel ended.
+    #[error("the connection to {url} failed")]
+    Channel {
+        /// The server.
+        url: String,
+        /// Why.
+        source: ChannelError,
+    },
+    /// It has lost the page.
+    #[error("{url} cannot give pages {pages}: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
+    Failed {
+        /// The server.
+        url: String,
+        /// The pages.
+        pages: PageRange,
+        /// Why.
+        code: FailCode,
+        /// Why, in its words.
+        text: String,
+    },
+    /// It sends a page that is not what was put there, also when asked again.
+    #[error("page {page} from {url} does not match its checksum")]
+    Corrupt {
+        /// The server.
+        url: String,
+        /// The page.
+        page: PageIndex,
+    },
+    /// It was not reached again in time.
+    #[error("no page server was reached for {seconds} s, last tried {url}")]
+    TimedOut {
+        /// How long it was tried.
+        seconds: u64,
+        /// The last that was tried.
+        url: String,
+        /// Why it was not reached.
+        source: Box<Self>,
+    },
+    /// This side is ending.
+    #[error("the source is closed")]
+    Closed,
+}
