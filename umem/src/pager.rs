@@ -299,6 +299,18 @@ impl Pager {
         Ok(pager)
     }
 
+    /// Ends the pager's threads. The memory stays registered, so whoever touches an absent page from now on waits until the
+    /// pager is dropped. After it the figures are exact: a page is counted after who waited for it has been woken.
+    pub fn stop(&mut self) {
+        self.shared.closing.store(true, Relaxed);
+        self.shared.schedule.stop();
+        self.shared.source.close();
+        // The fault thread last: the others cannot install what they have while an event is unread.
+        join(self.workers.drain(..));
+        self.shared.stop_fault_thread();
+        join(self.fault_thread.take());
+    }
+
     /// What was done so far.
     pub fn stats(&self) -> PagerStats {
         let shared = &self.shared;
@@ -347,13 +359,7 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.closing.store(true, Relaxed);
-        self.shared.schedule.stop();
-        self.shared.source.close();
-        // The fault thread last: the others cannot install what they have while an event is unread.
-        join(self.workers.drain(..));
-        self.shared.stop_fault_thread();
-        join(self.fault_thread.take());
+        self.stop();
     }
 }
 

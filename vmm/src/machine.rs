@@ -158,7 +158,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
     let failure = Arc::new(OnceLock::new());
-    let pager = start_pager(config, &region, &failure, event_loop.stopper())?;
+    let mut pager = start_pager(config, &region, &failure, event_loop.stopper())?;
     clock.lap("memory");
 
     let memory = GuestMemory::new(region, config.ram, read_only_pages(config)?);
@@ -203,6 +203,10 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     kicks.iter().for_each(VcpuKick::kick);
     drop(kicks);
     let all_stopped = all_ended.recv_timeout(VCPU_GRACE) == Err(RecvTimeoutError::Disconnected);
+    if all_stopped {
+        // So that the report counts every page that was loaded.
+        pager.stop();
+    }
 
     report.time_to_first_instruction_ms = running
         .first_instruction
