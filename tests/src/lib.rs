@@ -3,6 +3,7 @@
 //! - [`program`]: running a program with a deadline, and what is left of it afterwards;
 //! - [`scratch`]: a directory of one test, and the images in it;
 //! - [`vm`]: `umem run` and its report;
+//! - [`server`]: `umem serve`;
 //! - [`errors`]: what every error message must be like;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
@@ -17,5 +18,6 @@ pub mod host;
 pub mod program;
 pub mod random;
 pub mod scratch;
+pub mod server;
 pub mod terminal;
 pub mod vm;

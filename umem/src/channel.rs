@@ -61,13 +61,17 @@ impl Receiver {
     /// Waits for a message, for as long as the connection's time-out for reading says.
     pub fn receive(&mut self) -> Result<Message<'_>, ChannelError> {
         let mut header = [0; HEADER_SIZE];
-        match self.stream.read(&mut header[..1]).map_err(ChannelError::Lost)? {
-            0 => return Err(ChannelError::Closed),
-            _ => self
-                .stream
-                .read_exact(&mut header[1..])
-                .map_err(ChannelError::Lost)?,
+        match self.stream.read(&mut header[..1]) {
+            Ok(0) => return Err(ChannelError::Closed),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                return Err(ChannelError::Quiet);
+            }
+            Err(error) => return Err(ChannelError::Lost(error)),
         }
+        self.stream
+            .read_exact(&mut header[1..])
+            .map_err(ChannelError::Lost)?;
         let header = Header::decode(&header)?;
         self.incoming.accept(&header)?;
         // No longer than the header's type allows, which `decode` has seen to.

@@ -13,6 +13,9 @@ use std::time::Duration;
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+/// How long a host may take to answer at all.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Where a page server is: `unix:PATH` or `tcp:HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -237,7 +240,7 @@ impl Stream {
             Address::Tcp(host_and_port) => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for address in host_and_port.to_socket_addrs()? {
-                    match TcpStream::connect(address) {
+                    match TcpStream::connect_timeout(&address, CONNECT_PATIENCE) {
                         Ok(stream) => return Self::tcp(stream),
                         Err(error) => last = error,
                     }

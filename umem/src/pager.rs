@@ -408,6 +408,12 @@ impl Shared {
         }
     }
 
+    /// Asks the source for pages that it brings by itself. False: they have to be read. Huge pages are: what a source brings comes
+    /// in pieces, and they are installed whole.
+    fn submit(&self, pages: PageRange, class: Class) -> bool {
+        self.region.page_size() == PageSize::Small && self.source.submit(pages, class)
+    }
+
     fn source_error(&self, source: SourceError) -> PagerError {
         PagerError::Source {
             url: self.source.url(),

@@ -38,6 +38,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long channels may go on after the server was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// How long a goodbye may wait to be read: a client that reads has room for it.
+const GOODBYE_PATIENCE: Duration = Duration::from_millis(100);
+
 /// Pages read and sent at a time: 256 KiB, which stays in the processor's cache between being read and being sent.
 const STEP: u64 = 64;
 
@@ -70,6 +73,7 @@ struct Shared {
     /// By name.
     images: HashMap<String, Image>,
     session_key: [u8; 16],
+    sessions: AtomicU64,
     stopping: AtomicBool,
     stop: OwnedFd,
     channels: Mutex<Channels>,
@@ -121,6 +125,7 @@ impl Server {
             shared: Arc::new(Shared {
                 images,
                 session_key,
+                sessions: AtomicU64::new(0),
                 stopping: AtomicBool::new(false),
                 stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
                 channels: Mutex::new(Channels::default()),
@@ -232,14 +237,18 @@ impl Shared {
     /// Says goodbye to all, waits until they have ended, and ends those that do not.
     fn drain(&self) {
         let open: Vec<Arc<Channel>> = self.lock().open.values().cloned().collect();
-        for channel in open {
-            let goodbye = Goodbye {
-                reason: GoodbyeReason::Draining,
-                text: "",
-            };
-            let _ = channel.sender().send(&Message::Goodbye(goodbye));
-        }
         let deadline = Instant::now() + DRAIN;
+        for channel in open {
+            // Who does not read what it asked for finds out when the connection ends: nobody waits for it here.
+            let _ = channel.stream.set_timeouts(None, Some(GOODBYE_PATIENCE));
+            if let Ok(mut sender) = channel.sender.try_lock() {
+                let goodbye = Goodbye {
+                    reason: GoodbyeReason::Draining,
+                    text: "",
+                };
+                let _ = sender.send(&Message::Goodbye(goodbye));
+            }
+        }
         let mut channels = self.lock();
         while !channels.open.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -281,10 +290,10 @@ impl Shared {
             _ => return Ok(()),
         };
         self.stats.channels.fetch_add(1, Relaxed);
-        // From here on silence is no fault: a guest that touches nothing asks for nothing.
+        // From here on who has nothing to ask for says at least that.
         channel
             .stream
-            .set_timeouts(None, Some(PATIENCE))
+            .set_timeouts(Some(4 * KEEP_ALIVE), Some(PATIENCE))
             .map_err(ChannelError::Lost)?;
         let mut buffer = vec![0; STEP as usize * PAGE_SIZE];
         loop {
@@ -370,11 +379,7 @@ impl Shared {
     /// A number that nobody else has: of this server's random key and a counter.
     fn new_session(&self) -> SessionId {
         let mut id = self.session_key;
-        let count = self
-            .stats
-            .channels
-            .load(Relaxed)
-            .wrapping_add(u64::from(std::process::id()) << 32);
+        let count = self.sessions.fetch_add(1, Relaxed);
         let hash = blake3::keyed_hash(
             &{
                 let mut key = [0; 32];

@@ -12,6 +12,18 @@ pub(crate) fn unblock(signals: &[libc::c_int]) -> Result<(), errno::Error> {
     change_mask(libc::SIG_UNBLOCK, signals)
 }
 
+/// What ends a VM.
+pub(crate) const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
+
+/// Does `work` with the signals that end a VM held back, so that threads that it starts never take one of them: they are for
+/// the event loop, and one that another thread takes kills the program.
+pub(crate) fn with_ending_held_back<T>(work: impl FnOnce() -> T) -> Result<T, errno::Error> {
+    block(&ENDING)?;
+    let result = work();
+    unblock(&ENDING)?;
+    Ok(result)
+}
+
 /// Whether whoever started this program wants it to ignore `signal`.
 pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();

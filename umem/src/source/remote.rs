@@ -234,6 +234,7 @@ impl Shared {
             let bits = vec![0; range.count.div_ceil(8) as usize];
             self.lane(Class::Background).ask(Pending::Bitmap {
                 chunk: range,
+                left: vec![range],
                 bits,
                 answer,
             });
@@ -269,6 +270,7 @@ impl Shared {
             } = channel;
             if let Err(error) = lane.resume(sender, &stream) {
                 tracing::debug!(%error, %url, "cannot ask again");
+                let _ = stream.shutdown();
             }
             let ended = self.receive(lane, &url, &mut receiver, &mut suspect);
             let mut state = lane.lock();
@@ -333,12 +335,8 @@ impl Shared {
 
     /// Tells all who wait that nothing will come.
     fn give_up(&self, lane: &Lane, error: SourceError) {
-        let pending = std::mem::take(&mut lane.lock().pending);
-        for (_, pending) in pending {
-            if let Pending::Read { answer, .. } | Pending::Bitmap { answer, .. } = pending {
-                let _ = answer.try_send(Err(SourceError::Lost(RemoteError::Closed.into())));
-            }
-        }
+        // Whoever waits in `read` or `next_data` learns it by that.
+        lane.close();
         if let Some(sink) = self.sink() {
             sink.failed(error);
         }

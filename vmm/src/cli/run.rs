@@ -17,9 +17,11 @@ use super::error::{CommandError, chain, exit_code};
 use super::options::{KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
+use crate::devices::EventLoopError;
 use crate::ending::Ending;
-use crate::machine::{self, Firmware, MachineConfig, Outcome};
+use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
 use crate::report::{Report, ReportTarget, milliseconds};
+use crate::signals;
 
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
@@ -260,7 +262,9 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
                 .map(RemoteUrl::to_string)
                 .collect::<Vec<_>>()
                 .join(",");
-            let (source, metadata) = RemoteSource::connect(&urls, memory.source_timeout.0)?;
+            let connect = || RemoteSource::connect(&urls, memory.source_timeout.0);
+            let connected = signals::with_ending_held_back(connect).map_err(EventLoopError::Signals);
+            let (source, metadata) = connected.map_err(MachineError::from)??;
             let size = source.pages() * PAGE_SIZE;
             Ok(Some(OpenImage {
                 name,

@@ -54,12 +54,8 @@ impl EventLoop {
             stopper: stopper.clone(),
         };
         // A blocked signal is received even if it is ignored, as SIGINT is in the background of a shell and SIGHUP under nohup.
-        let mut ending = vec![libc::SIGTERM];
-        ending.extend(
-            [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP]
-                .into_iter()
-                .filter(|signal| !signals::is_ignored(*signal)),
-        );
+        let obeyed = |signal: &libc::c_int| *signal == libc::SIGTERM || !signals::is_ignored(*signal);
+        let ending: Vec<libc::c_int> = signals::ENDING.into_iter().filter(obeyed).collect();
         let signals = block_and_receive(&ending).map_err(EventLoopError::Signals)?;
         event_loop.add_descriptor(signals, move |_| {
             info!("stopped by a signal");

@@ -42,6 +42,7 @@ pub(super) enum Pending {
     /// Which pages of a chunk hold something, for a thread that waits.
     Bitmap {
         chunk: PageRange,
+        left: Vec<PageRange>,
         bits: Vec<u8>,
         answer: SyncSender<Result<Vec<u8>, SourceError>>,
     },
@@ -82,11 +83,14 @@ impl Lane {
         }
         let id = RequestId(state.next);
         state.next += 1;
-        let LaneState { sender, .. } = &mut *state;
-        if let Some(sender) = sender {
-            // Where it fails the receiving thread sees it too, and asks again on the next connection.
-            if let Err(error) = pending.send(id, sender) {
-                tracing::debug!(%error, "cannot ask");
+        let LaneState { sender, stream, .. } = &mut *state;
+        if let Some(sender) = sender
+            && let Err(error) = pending.send(id, sender)
+        {
+            tracing::debug!(%error, "cannot ask");
+            // Half a frame may be out: the receiving thread is to see the end of it, and to ask on the next connection.
+            if let Some(stream) = stream {
+                let _ = stream.shutdown();
             }
         }
         state.pending.insert(id, pending);
@@ -113,6 +117,7 @@ impl Pending {
     pub(super) fn left(&mut self) -> Option<&mut Vec<PageRange>> {
         match self {
             Self::Pages { left, .. } | Self::Read { left, .. } => Some(left),
+            // Bitmaps come by themselves, never as pages.
             Self::Bitmap { .. } => None,
         }
     }
@@ -122,6 +127,9 @@ impl Lane {
     /// Goes on with a new connection: asks for everything that has not come.
     pub(super) fn resume(&self, sender: Sender, stream: &Arc<Stream>) -> Result<(), ChannelError> {
         let mut state = self.lock();
+        if state.closed {
+            return Err(ChannelError::Closed);
+        }
         state.stream = Some(Arc::clone(stream));
         let LaneState {
             sender: place,
@@ -132,7 +140,11 @@ impl Lane {
         let mut ids: Vec<RequestId> = pending.keys().copied().collect();
         ids.sort_unstable();
         for id in ids {
-            if let Some(pending) = pending.get(&id) {
+            if let Some(pending) = pending.get_mut(&id) {
+                // Bitmaps are asked for whole.
+                if let Pending::Bitmap { chunk, left, .. } = pending {
+                    *left = vec![*chunk];
+                }
                 pending.send(id, sender)?;
             }
         }
@@ -157,17 +169,19 @@ impl Lane {
     pub(super) fn take_bitmap(&self, request: RequestId, range: PageRange, new: &[u8]) -> Result<(), Ended> {
         let not_asked = || Ended::Channel(ChannelError::Unasked { pages: range });
         let mut state = self.lock();
-        let Some(Pending::Bitmap { chunk, bits, .. }) = state.pending.get_mut(&request) else {
+        let Some(Pending::Bitmap {
+            chunk, left, bits, ..
+        }) = state.pending.get_mut(&request)
+        else {
             return Err(not_asked());
         };
-        if range.start < chunk.start || range.end() > chunk.end() {
+        if !subtract(left, range) {
             return Err(not_asked());
         }
+        let complete = left.is_empty();
         let at = ((range.start.0 - chunk.start.0) / 8) as usize;
         bits[at..at + new.len()].copy_from_slice(new);
-        if range.end() == chunk.end()
-            && let Some(Pending::Bitmap { bits, answer, .. }) = state.pending.remove(&request)
-        {
+        if complete && let Some(Pending::Bitmap { bits, answer, .. }) = state.pending.remove(&request) {
             let _ = answer.try_send(Ok(bits));
         }
         Ok(())
