@@ -11,6 +11,9 @@
 //!                                      (waits while demand is outstanding)
 //! ```
 //!
+//! A source that brings pages by itself ([`PageSource::submit`]) is asked in place of the reader threads, and installs what
+//! comes, from its own threads, by the same way as they do ([`PageSink`]).
+//!
 //! **Installing and removing exclude each other.** The race: a thread fetches page P; P is dropped (a REMOVE event, whose
 //! reading lets the dropping thread go on); the fetched content is installed after the drop, and P shows its old content
 //! where it must read zero. The kernel refuses installations (EAGAIN) only until the event has been read. So the fault

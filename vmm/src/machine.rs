@@ -145,7 +145,7 @@ struct Running {
     stopper: Stopper,
 }
 
-/// Runs a VM until it ends; fills in `report` but for the outcome. `started` is when the process began.
+/// Runs a VM until it ends; fills in `report` but for the outcome. `started` is when the program began.
 pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Result<Outcome, MachineError> {
     // Before any thread is started: it blocks signals.
     let mut event_loop = EventLoop::new()?;
