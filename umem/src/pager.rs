@@ -413,8 +413,8 @@ impl Shared {
 
     /// Asks the source for pages that it brings by itself. False: they have to be read. Huge pages are: what a source brings comes
     /// in pieces, and they are installed whole.
-    fn submit(&self, pages: PageRange, class: Class) -> bool {
-        self.region.page_size() == PageSize::Small && self.source.submit(pages, class)
+    fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
+        self.region.page_size() == PageSize::Small && self.source.submit(ranges, class)
     }
 
     fn source_error(&self, source: SourceError) -> PagerError {

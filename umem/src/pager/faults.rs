@@ -123,7 +123,7 @@ impl FaultThread {
                         shared.await_fetch(unit, since, FaultClass::Fetched);
                         // Before it is asked for: the answer may be faster than this thread.
                         shared.schedule.begin_demand();
-                        if !shared.submit(unit, Class::Demand) {
+                        if !shared.submit(&[unit], Class::Demand) {
                             shared.schedule.enqueue(unit);
                         }
                         Ok(())

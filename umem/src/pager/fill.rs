@@ -79,7 +79,7 @@ impl Shared {
 
     fn fill_run(&self, pages: PageRange, buffer: &mut [u8]) -> Result<(), PagerError> {
         self.schedule.begin_background();
-        if self.submit(pages, Class::Background) {
+        if self.submit(&[pages], Class::Background) {
             return Ok(());
         }
         let result = self.read_run(pages, buffer);

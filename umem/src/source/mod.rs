@@ -10,6 +10,8 @@ use std::sync::Weak;
 use crate::image::ReadError;
 use crate::units::{PageIndex, PageRange};
 
+pub use crate::wire::{MAX_REQUEST_PAGES, MAX_REQUEST_RANGES};
+
 /// What a page range holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
@@ -64,7 +66,7 @@ pub trait PageSink: Send + Sync {
     /// Some of the pages that were submitted have come.
     fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class);
 
-    /// All of a submitted range has come.
+    /// All that was asked for by one `submit` has come.
     fn completed(&self, class: Class);
 
     /// Pages that were submitted will not come.
@@ -90,8 +92,9 @@ pub trait PageSource: Send + Sync {
     /// Where pages go that are submitted. Called once, before anything else is asked.
     fn attach(&self, _sink: Weak<dyn PageSink>) {}
 
-    /// Asks for `pages`, without waiting; they go to the sink. False: this source is not asked so, but by `read`.
-    fn submit(&self, _pages: PageRange, _class: Class) -> bool {
+    /// Asks for `ranges` in one request, without waiting; they go to the sink. At most [`MAX_REQUEST_RANGES`] ranges and
+    /// [`MAX_REQUEST_PAGES`] pages. False: this source is not asked so, but by `read`.
+    fn submit(&self, _ranges: &[PageRange], _class: Class) -> bool {
         false
     }
 

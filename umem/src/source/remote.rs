@@ -187,9 +187,9 @@ impl PageSource for RemoteSource {
         let _ = self.shared.sink.set(sink);
     }
 
-    fn submit(&self, pages: PageRange, class: Class) -> bool {
+    fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
         self.shared.lane(class).ask(Pending::Pages {
-            left: vec![pages],
+            left: ranges.to_vec(),
             class,
         });
         true

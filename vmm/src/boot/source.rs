@@ -87,9 +87,10 @@ impl PageSource for LayoutSource {
         self.base.attach(sink);
     }
 
-    fn submit(&self, pages: PageRange, class: Class) -> bool {
+    fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
         // What is submitted comes as the base has it.
-        !pages.pages().any(|page| self.layout.is_written(page.0)) && self.base.submit(pages, class)
+        let written = |range: &PageRange| range.pages().any(|page| self.layout.is_written(page.0));
+        !ranges.iter().any(written) && self.base.submit(ranges, class)
     }
 
     fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
