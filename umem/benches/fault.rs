@@ -325,8 +325,12 @@ impl PageSource for Constant {
         Ok(Content::Data)
     }
 
-    fn next_data(&self, _: PageIndex) -> Result<Option<PageRange>, SourceError> {
+    fn next_data(&self, _: PageRange) -> Result<Option<PageRange>, SourceError> {
         Ok(None)
+    }
+
+    fn digest(&self) -> Option<[u8; 32]> {
+        None
     }
 
     fn stats(&self) -> SourceStats {

@@ -399,8 +399,13 @@ impl Image {
 
     /// The next run of pages, at or after `from`, that hold something by the checksum table; everything before it is zero.
     pub fn next_with_checksum(&self, from: PageIndex) -> Result<Option<PageRange>, ReadError> {
-        let end = PageIndex(self.pages());
-        let mut at = from;
+        self.next_with_checksum_in(PageRange::new(from, self.pages().saturating_sub(from.0)))
+    }
+
+    /// The first run of pages in `within` that hold something by the checksum table.
+    pub fn next_with_checksum_in(&self, within: PageRange) -> Result<Option<PageRange>, ReadError> {
+        let end = within.end().min(PageIndex(self.pages()));
+        let mut at = within.start;
         let mut block = [0; CHECKSUMS_PER_BLOCK as usize];
         while at < end {
             let step = PageRange::new(at, CHECKSUMS_PER_BLOCK - at.0 % CHECKSUMS_PER_BLOCK).clamp_to(end);

@@ -28,5 +28,6 @@ pub mod stats;
 pub mod uffd;
 pub mod units;
 pub mod wire;
+pub mod working_set;
 
 pub use image_verify::Verified;

@@ -17,20 +17,27 @@
 //! **Installing and removing exclude each other.** The race: a thread fetches page P; P is dropped (a REMOVE event, whose
 //! reading lets the dropping thread go on); the fetched content is installed after the drop, and P shows its old content
 //! where it must read zero. The kernel refuses installations (EAGAIN) only until the event has been read. So the fault
-//! thread reads events under the write half of `installing`, and marks what they remove before it lets go of it; every other
-//! thread checks the page's state and installs under the read half. Content installed before the event is read is dropped
-//! with the page; after it, the page is `Removed` and the content is not installed. This is the one lock that is held across
-//! a system call; an installation under it is at most [`INSTALL_STEP`] pages long, and the read never waits.
+//! thread reads events while it alone holds the placement (where the pages are), and marks what they remove and notes what
+//! they move before it lets go of it; every other thread checks the page's state and installs while it shares it. Content
+//! installed before the event is read is dropped, or moved, with the page; after it, the page is `Removed` and the content is
+//! not installed, or installed where the page is now. This is the one lock that is held across a system call; an installation
+//! under it is at most [`INSTALL_STEP`] pages long, and the read never waits.
 //!
 //! The fault thread needs no lock for its own installations, since it alone reads events: it sees EAGAIN, reads the event,
 //! and looks at the page's state again.
+//!
+//! A region may be divided into *stripes*, each with its own userfaultfd, fault thread and lock: a userfaultfd has one queue,
+//! and one thread has one pair of hands. All of the above then holds for each stripe by itself.
 
 mod faults;
 mod fill;
 mod install;
+mod order;
+mod record;
+mod stripe;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 use std::{fmt, io};
@@ -40,6 +47,8 @@ use rustix::fd::OwnedFd;
 
 use self::faults::FaultThread;
 use self::install::Fetched;
+pub use self::record::{MAX_TOUCHED, TouchRecord};
+use self::stripe::{Placement, Stripe};
 
 use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
@@ -47,7 +56,8 @@ use crate::source::{Class, Content, PageSink, PageSource, SourceError, SourceSta
 use crate::states::{Arrival, PageState, PageStates, StateCounts};
 use crate::stats::{Histogram, Summary};
 use crate::uffd::{self, Features, InstallError, Userfaultfd};
-use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
+use crate::units::{PageIndex, PageRange};
+use crate::working_set::WorkingSet;
 
 /// Pages installed by one system call at most: what a fault may have to wait for behind background work.
 const INSTALL_STEP: u64 = 16;
@@ -56,13 +66,38 @@ const INSTALL_STEP: u64 = 16;
 const READERS: usize = 4;
 
 /// What loads pages that nobody has asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub enum Fill {
     /// Nothing does.
     #[default]
     Off,
     /// Everything is loaded in order while nobody waits.
     Sequential,
+    /// Everything is loaded while nobody waits, what is near the latest fault first.
+    NearFaults,
+    /// What an earlier run touched is loaded while nobody waits, and nothing else.
+    Recorded(Arc<WorkingSet>),
+}
+
+/// How a pager works.
+#[derive(Clone, Debug)]
+pub struct PagerOptions {
+    /// What loads pages that nobody has asked for.
+    pub fill: Fill,
+    /// Into how many parts with a userfaultfd each the region is divided, as far as it has as many huge pages.
+    pub stripes: usize,
+    /// Where pages are written down in the order in which they are first touched.
+    pub record: Option<Arc<TouchRecord>>,
+}
+
+impl From<Fill> for PagerOptions {
+    fn from(fill: Fill) -> Self {
+        Self {
+            fill,
+            stripes: 1,
+            record: None,
+        }
+    }
 }
 
 /// What a pager tells its owner, from one of its own threads.
@@ -204,7 +239,8 @@ pub struct PagerStats {
 /// are not loaded yet it must not be used.
 pub struct Pager {
     shared: Arc<Shared>,
-    fault_thread: Option<JoinHandle<()>>,
+    /// One a stripe.
+    fault_threads: Vec<JoinHandle<()>>,
     /// Readers and fill.
     workers: Vec<JoinHandle<()>>,
 }
@@ -219,13 +255,12 @@ struct Waiting {
 type Observer = Box<dyn Fn(Notice) + Send + Sync>;
 
 struct Shared {
+    /// By page, all of one length but the last. Before the region, whose end would wait for its own event to be read.
+    stripes: Vec<Stripe>,
     region: Arc<Region>,
-    uffd: Userfaultfd,
     source: Arc<dyn PageSource>,
     states: PageStates,
     schedule: Schedule,
-    /// See the module's documentation.
-    installing: RwLock<()>,
     waiting: Mutex<Vec<Waiting>>,
     latency: [Histogram; FaultClass::ALL.len()],
     duplicate: AtomicU64,
@@ -236,8 +271,9 @@ struct Shared {
     failed: AtomicBool,
     /// The owner waits for the threads to end.
     closing: AtomicBool,
-    /// Nobody reads events any more.
-    events_ended: AtomicBool,
+    /// The page of the latest fault that had to be served from the source.
+    last_fault: AtomicU64,
+    record: Option<Arc<TouchRecord>>,
     stop: OwnedFd,
     observer: Observer,
 }
@@ -247,13 +283,15 @@ impl Pager {
     pub fn start(
         region: Arc<Region>,
         source: Arc<dyn PageSource>,
-        fill: Fill,
+        options: impl Into<PagerOptions>,
         observer: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
-        let (features, mode) = region.registration();
-        let uffd = Userfaultfd::open(features.and(Features::EVENT_REMOVE))?;
-        uffd.register(region.all_addresses(), mode)
-            .map_err(StartError::Register)?;
+        let PagerOptions {
+            fill,
+            stripes,
+            record,
+        } = options.into();
+        let stripes = register(&region, stripes)?;
         // After registering: from here on nothing is populated unseen.
         let populated_at_start = region.populated().map_err(StartError::Count)?;
         if populated_at_start > 0 {
@@ -265,11 +303,10 @@ impl Pager {
             PageStates::new(region.pages(), region.page_size().pages()).ok_or(StartError::NoMemory)?;
         let shared = Arc::new(Shared {
             region,
-            uffd,
+            stripes,
             source,
             states,
             schedule: Schedule::new(),
-            installing: RwLock::new(()),
             waiting: Mutex::new(Vec::with_capacity(1024)),
             latency: Default::default(),
             duplicate: AtomicU64::new(0),
@@ -278,7 +315,8 @@ impl Pager {
             released: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
-            events_ended: AtomicBool::new(false),
+            last_fault: AtomicU64::new(0),
+            record,
             stop,
             observer: Box::new(observer),
         });
@@ -286,17 +324,20 @@ impl Pager {
         shared.source.attach(sink);
         let mut pager = Self {
             shared,
-            fault_thread: None,
+            fault_threads: Vec::new(),
             workers: Vec::new(),
         };
-        pager.fault_thread =
-            Some(pager.spawn("umem-faults".into(), |shared| FaultThread::new(shared).run())?);
+        for stripe in 0..pager.shared.stripes.len() {
+            let serve = move |shared| FaultThread::new(shared, stripe).run();
+            let thread = pager.spawn(format!("umem-faults-{stripe}"), serve)?;
+            pager.fault_threads.push(thread);
+        }
         for reader in 0..READERS {
             let reader = pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
             pager.workers.push(reader);
         }
-        if fill == Fill::Sequential {
-            let fill = pager.spawn("umem-fill".into(), Shared::fill_sequentially)?;
+        if !matches!(fill, Fill::Off) {
+            let fill = pager.spawn("umem-fill".into(), move |shared| shared.fill(&fill))?;
             pager.workers.push(fill);
         }
         Ok(pager)
@@ -310,8 +351,8 @@ impl Pager {
         self.shared.source.close();
         // The fault thread last: the others cannot install what they have while an event is unread.
         join(self.workers.drain(..));
-        self.shared.stop_fault_thread();
-        join(self.fault_thread.take());
+        self.shared.stop_fault_threads();
+        join(self.fault_threads.drain(..));
     }
 
     /// What was done so far.
@@ -366,6 +407,30 @@ impl Drop for Pager {
     }
 }
 
+/// Divides a region into stripes and registers each with a userfaultfd of its own.
+fn register(region: &Region, stripes: usize) -> Result<Vec<Stripe>, StartError> {
+    let (features, mode) = region.registration();
+    let events = Features::EVENT_REMOVE
+        .and(Features::EVENT_UNMAP)
+        .and(Features::EVENT_REMAP);
+    // Whole huge pages each, so that each can become huge pages again.
+    let huge = PageSize::Huge.pages();
+    let length = region
+        .pages()
+        .div_ceil(stripes.max(1) as u64)
+        .next_multiple_of(huge);
+    (0..region.pages().div_ceil(length))
+        .map(|index| {
+            let pages = PageRange::new(PageIndex(index * length), length).clamp_to(PageIndex(region.pages()));
+            let addresses = region.addresses(pages);
+            let uffd = Userfaultfd::open(features.and(events))?;
+            uffd.register(addresses.clone(), mode)
+                .map_err(StartError::Register)?;
+            Ok(Stripe::new(uffd, Placement::new(pages, addresses.start)))
+        })
+        .collect()
+}
+
 fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
     for thread in threads {
         if thread.join().is_err() {
@@ -393,14 +458,7 @@ impl Shared {
         let mut buffer = Self::buffer(self.region.page_size().pages());
         while let Ok(unit) = self.schedule.take() {
             let result = match self.source.read(unit, &mut buffer) {
-                Ok(content) => self.deliver(
-                    Fetched {
-                        pages: unit,
-                        content,
-                        buffer: &buffer,
-                    },
-                    Arrival::Demand,
-                ),
+                Ok(content) => self.deliver(Fetched::new(unit, content, &buffer), Arrival::Demand),
                 Err(error) => Err(self.source_error(error)),
             };
             self.schedule.end_demand();
@@ -430,6 +488,37 @@ impl Shared {
         // What the end breaks off is no failure.
         if !self.closing.load(Relaxed) && !self.failed.swap(true, AcqRel) {
             (self.observer)(Notice::Failed(Arc::new(error)));
+        }
+    }
+
+    fn stripe_of(&self, page: PageIndex) -> &Stripe {
+        &self.stripes[(page.0 / self.stripes[0].pages.count) as usize]
+    }
+
+    /// Pages that were claimed are not going to be fetched after all: who waits for them looks again.
+    fn give_up(&self, pages: PageRange) {
+        for unit in self.states.units(pages) {
+            self.states.cancel(unit);
+        }
+        self.wake(pages);
+        self.record_waiting(pages);
+    }
+
+    /// Wakes who waits for `pages`, to look again.
+    fn wake(&self, pages: PageRange) {
+        for stripe in &self.stripes {
+            let placement = stripe.placement();
+            for piece in placement.pieces_of(pages) {
+                stripe.wake(piece.addresses());
+            }
+        }
+    }
+
+    /// A page from the source was touched, for the first time.
+    fn note_touch(&self, page: PageIndex) {
+        self.last_fault.store(page.0, Relaxed);
+        if let Some(record) = &self.record {
+            record.add(page);
         }
     }
 
@@ -474,10 +563,16 @@ impl Shared {
         if self.released.swap(true, AcqRel) {
             return;
         }
-        if let Err(error) = self.uffd.unregister(self.region.all_addresses()) {
-            // Nothing is lost: it stays registered and the fault thread goes on answering.
-            tracing::warn!(%error, "cannot unregister guest memory");
-            return;
+        for stripe in &self.stripes {
+            // A copy, because the kernel may wait here for an event to be read.
+            let placement = stripe.placement().clone();
+            for piece in placement.pieces() {
+                if let Err(error) = stripe.uffd.unregister(piece.addresses()) {
+                    // Nothing is lost: it stays registered and the fault thread goes on answering.
+                    tracing::warn!(%error, "cannot unregister guest memory");
+                    return;
+                }
+            }
         }
         // The kernel wakes all waiters before it takes the memory off the userfaultfd. The race: a thread that faults under
         // the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
@@ -515,8 +610,8 @@ impl Shared {
             .collect()
     }
 
-    fn stop_fault_thread(&self) {
-        // The counter cannot overflow, so the write cannot fail.
+    fn stop_fault_threads(&self) {
+        // Nobody reads the counter, so all see it. The counter cannot overflow, so the write cannot fail.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
     }
 }
@@ -527,14 +622,7 @@ impl PageSink for Shared {
             Class::Demand => Arrival::Demand,
             Class::Background => Arrival::Prefetched,
         };
-        if let Err(error) = self.deliver(
-            Fetched {
-                pages,
-                content,
-                buffer,
-            },
-            arrival,
-        ) {
+        if let Err(error) = self.deliver(Fetched::new(pages, content, buffer), arrival) {
             self.fail(error);
         }
     }
@@ -553,19 +641,13 @@ impl PageSink for Shared {
 }
 
 impl Shared {
-    fn remove(&self, start: HostAddress, end: HostAddress) {
-        let region = self.region.all_addresses();
-        let (start, end) = (start.max(region.start), end.min(region.end));
-        if start >= end {
-            return;
+    /// Pages were dropped.
+    fn remove(&self, dropped: &[PageRange]) {
+        for pages in dropped {
+            if !self.states.remove(*pages) {
+                self.fail(PagerError::PartlyRemoved { pages: *pages });
+            }
+            self.record_waiting(*pages);
         }
-        let first = PageIndex::containing(start.0 - region.start.0);
-        let pages = PageRange::new(first, (end.0 - start.0) / PAGE_SIZE as u64);
-        if !self.states.remove(pages) {
-            self.fail(PagerError::PartlyRemoved { pages });
-        }
-        // Who waits for content that is now not going to be installed looks again, and finds a removed page.
-        self.wake(pages);
-        self.record_waiting(pages);
     }
 }

@@ -30,6 +30,10 @@ pub struct Features(u64);
 impl Features {
     /// MADV_DONTNEED, MADV_REMOVE and their like are told as events.
     pub const EVENT_REMOVE: Self = Self(sys::UFFD_FEATURE_EVENT_REMOVE as u64);
+    /// munmap of registered memory is told as an event.
+    pub const EVENT_UNMAP: Self = Self(sys::UFFD_FEATURE_EVENT_UNMAP as u64);
+    /// mremap of registered memory is told as an event.
+    pub const EVENT_REMAP: Self = Self(sys::UFFD_FEATURE_EVENT_REMAP as u64);
     /// Missing faults on hugetlbfs.
     pub const MISSING_HUGETLBFS: Self = Self(sys::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
     /// Missing faults on shared memory.
@@ -160,6 +164,22 @@ pub enum Event {
         /// The byte after the last.
         end: HostAddress,
     },
+    /// A range was unmapped.
+    Unmap {
+        /// The first byte.
+        start: HostAddress,
+        /// The byte after the last.
+        end: HostAddress,
+    },
+    /// A range was moved to another address.
+    Remap {
+        /// The first byte, where it was.
+        from: HostAddress,
+        /// The first byte, where it is.
+        to: HostAddress,
+        /// Bytes.
+        length: u64,
+    },
     /// An event that was not asked for.
     Other(u8),
 }
@@ -190,6 +210,23 @@ impl Event {
                 Self::Remove {
                     start: HostAddress(remove.start),
                     end: HostAddress(remove.end),
+                }
+            }
+            sys::UFFD_EVENT_UNMAP => {
+                // SAFETY: as for UFFD_EVENT_REMOVE, whose member it shares.
+                let unmap = unsafe { message.arg.remove };
+                Self::Unmap {
+                    start: HostAddress(unmap.start),
+                    end: HostAddress(unmap.end),
+                }
+            }
+            sys::UFFD_EVENT_REMAP => {
+                // SAFETY: the event says which member of the union the kernel filled in.
+                let remap = unsafe { message.arg.remap };
+                Self::Remap {
+                    from: HostAddress(remap.from),
+                    to: HostAddress(remap.to),
+                    length: remap.len,
                 }
             }
             _ => Self::Other(message.event),

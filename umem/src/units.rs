@@ -75,6 +75,12 @@ impl PageRange {
         (self.start.0..self.end().0).map(PageIndex)
     }
 
+    /// The pages of it from `start` on.
+    pub fn from(self, start: PageIndex) -> Self {
+        let start = start.max(self.start);
+        Self::new(start, self.end().0.saturating_sub(start.0))
+    }
+
     /// The pages of it that are below `end`.
     pub fn clamp_to(self, end: PageIndex) -> Self {
         let last = self.end().min(end);

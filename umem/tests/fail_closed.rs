@@ -46,7 +46,7 @@ fn failure(notices: &Receiver<Notice>) -> Arc<PagerError> {
 
 /// Opens an image, damages the file, and touches `page`; with and without a fill it must never be had.
 fn never_served(page: u64, damage: impl Fn(&Path)) {
-    for fill in [Fill::Off, Fill::Sequential] {
+    for fill in [Fill::Off, Fill::Sequential, Fill::NearFaults] {
         let (_directory, path) = image_file(PAGES);
         let image = Image::open(&path).unwrap();
         damage(&path);
@@ -55,7 +55,7 @@ fn never_served(page: u64, damage: impl Fn(&Path)) {
             pager,
             region,
             notices,
-        } = start(source, PAGES, Backing::Memfd, PageSize::Small, fill);
+        } = start(source, PAGES, Backing::Memfd, PageSize::Small, fill.clone());
         let touched = Arc::new(AtomicBool::new(false));
         let toucher = {
             let (region, touched) = (Arc::clone(&region), Arc::clone(&touched));
@@ -207,9 +207,14 @@ impl PageSource for Gated {
         Ok(Content::Data)
     }
 
-    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
-        if from.0 < self.data_until {
-            return Ok(Some(PageRange::new(from, self.data_until - from.0)));
+    fn digest(&self) -> Option<[u8; 32]> {
+        None
+    }
+
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
+        let data = within.clamp_to(PageIndex(self.data_until));
+        if data.count > 0 {
+            return Ok(Some(data));
         }
         self.searching.fetch_add(1, SeqCst);
         self.wait(&self.searches_go);
@@ -271,10 +276,12 @@ fn what_is_in_flight_at_the_release_is_counted() {
         PageSize::Small,
         Fill::Sequential,
     );
+    source.set(&source.searches_go, true);
     Gated::await_count(&source.reading, 1);
+    source.set(&source.searches_go, false);
     source.set(&source.reads_go, true);
-    // The fill has passed its last gate: it is looking for more data.
-    Gated::await_count(&source.searching, 1);
+    // The fill has passed its last gate: it is looking for what is not settled yet.
+    Gated::await_count(&source.searching, 2);
     source.set(&source.reads_go, false);
     thread::scope(|scope| {
         let region = &region;

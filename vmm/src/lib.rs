@@ -7,7 +7,7 @@
 //! - [`memory`]: a umem region as guest memory;
 //! - [`machine`]: all of it put together and run;
 //! - [`ending`]: why a VM stopped;
-//! - [`report`]: what a run leaves behind;
+//! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
 pub mod address_map;
@@ -20,3 +20,4 @@ pub mod machine;
 pub mod memory;
 pub mod report;
 mod signals;
+pub mod working_set;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
 use thiserror::Error;
-use umem::pager::{Fill, Notice, Pager, PagerError, StartError};
+use umem::pager::{Notice, Pager, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::source::PageSource;
 use vmm_sys_util::eventfd::EventFd;
@@ -24,6 +24,7 @@ use crate::kvm::{
 };
 use crate::memory::GuestMemory;
 use crate::report::{Process, Report, milliseconds};
+use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
 /// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
 /// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
@@ -56,8 +57,10 @@ pub struct MachineConfig {
     pub backing: Backing,
     /// In which pages its RAM is installed.
     pub page_size: PageSize,
-    /// What loads RAM that nobody touches.
-    pub fill: Fill,
+    /// How its RAM is served.
+    pub pager: PagerOptions,
+    /// Where a record of the pages that the guest touches goes.
+    pub recording: Option<Recording>,
     /// How it starts.
     pub firmware: Firmware,
     /// How many vCPUs it has.
@@ -124,6 +127,9 @@ pub enum MachineError {
     /// No event loop.
     #[error("cannot set up the event loop")]
     EventLoop(#[from] EventLoopError),
+    /// The working set cannot be recorded.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetFileError),
     /// No event descriptor or no thread.
     #[error("cannot set up the VM")]
     Os(#[source] std::io::Error),
@@ -159,6 +165,12 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
     let failure = Arc::new(OnceLock::new());
     let mut pager = start_pager(config, &region, &failure, event_loop.stopper())?;
+    let pages = region.pages();
+    let recording = config
+        .recording
+        .clone()
+        .map(|recording| recording.start(Arc::clone(&config.source), pages));
+    let recording = recording.transpose()?;
     clock.lap("memory");
 
     let memory = GuestMemory::new(region, config.ram, read_only_pages(config)?);
@@ -208,6 +220,8 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         pager.stop();
     }
 
+    let recorded = recording.map_or(Ok(()), RunningRecording::finish);
+
     report.time_to_first_instruction_ms = running
         .first_instruction
         .get()
@@ -226,11 +240,20 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    Ok(match (ending?, failure.get()) {
+    let outcome = match (ending?, failure.get()) {
         // Whatever else ended the VM came before the failure.
         (Ending::Stopped, Some(error)) => Outcome::PagerFailed(Arc::clone(error)),
         (ending, _) => Outcome::Ended(ending),
-    })
+    };
+    match (recorded, outcome) {
+        (Err(error), Outcome::Ended(_)) => Err(error.into()),
+        (recorded, outcome) => {
+            if let Err(error) = recorded {
+                tracing::error!(error = &error as &dyn std::error::Error);
+            }
+            Ok(outcome)
+        }
+    }
 }
 
 fn start_pager(
@@ -251,7 +274,7 @@ fn start_pager(
     Pager::start(
         Arc::clone(region),
         Arc::clone(&config.source),
-        config.fill,
+        config.pager.clone(),
         observer,
     )
 }

@@ -2,19 +2,20 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::install::Fetched;
+use super::stripe::Piece;
 use super::{FaultClass, PagerError, Shared};
 use crate::source::{Class, Content};
 use crate::states::{Arrival, Claim, PageState};
 use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
-use crate::units::{PageIndex, PageRange};
+use crate::units::{HostAddress, PageIndex, PageRange};
 
 /// Events read at a time.
 const EVENTS: usize = 64;
@@ -22,13 +23,15 @@ const EVENTS: usize = 64;
 /// A fault to be answered.
 #[derive(Clone, Copy)]
 struct Fault {
-    page: PageIndex,
+    address: HostAddress,
     kind: FaultKind,
 }
 
 /// The thread that reads events.
 pub(super) struct FaultThread {
     shared: Arc<Shared>,
+    /// Its stripe's number.
+    stripe: usize,
     events: EventBuffer,
     /// Faults that were read and not yet answered.
     faults: Vec<Fault>,
@@ -36,10 +39,11 @@ pub(super) struct FaultThread {
 }
 
 impl FaultThread {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, stripe: usize) -> Self {
         let buffer = Shared::buffer(shared.region.page_size().pages());
         Self {
             shared,
+            stripe,
             events: EventBuffer::new(EVENTS),
             faults: Vec::with_capacity(2 * EVENTS),
             buffer,
@@ -50,7 +54,7 @@ impl FaultThread {
         let shared = Arc::clone(&self.shared);
         let result = self.serve();
         // What cannot be installed now never will be: whoever tries gives up.
-        shared.events_ended.store(true, Release);
+        shared.stripes[self.stripe].events_ended.store(true, Release);
         if let Err(error) = result {
             shared.fail(PagerError::Events(error));
         }
@@ -61,7 +65,7 @@ impl FaultThread {
         let shared = Arc::clone(&self.shared);
         loop {
             let mut ready = [
-                PollFd::from_borrowed_fd(shared.uffd.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(shared.stripes[self.stripe].uffd.as_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(shared.stop.as_fd(), PollFlags::IN),
             ];
             match rustix::event::poll(&mut ready, None) {
@@ -83,43 +87,57 @@ impl FaultThread {
         }
     }
 
-    /// Reads every event there is: marks what is removed, keeps the faults for later.
+    /// Reads every event there is: marks what is removed, notes what is moved, keeps the faults for later. Who waits for what
+    /// is no longer going to be installed there is woken, which the kernel does not do by itself, and looks again.
     fn read_events(&mut self) -> io::Result<()> {
         let shared = &self.shared;
-        let no_installations = shared.installing.write().unwrap_or_else(PoisonError::into_inner);
+        let stripe = &shared.stripes[self.stripe];
+        let mut placement = stripe.placement_alone();
         loop {
             let mut count = 0;
-            for event in shared.uffd.read(&mut self.events)? {
+            for event in stripe.uffd.read(&mut self.events)? {
                 count += 1;
                 match event {
-                    Event::Fault { address, kind, .. } => {
-                        if let Some(page) = shared.region.page_at(address) {
-                            self.faults.push(Fault { page, kind });
-                        } else {
-                            tracing::warn!(%address, "page fault outside the region");
-                        }
+                    Event::Fault { address, kind, .. } => self.faults.push(Fault { address, kind }),
+                    Event::Remove { start, end } => {
+                        shared.remove(&placement.pages_at(&(start..end)));
+                        stripe.wake(start..end);
                     }
-                    Event::Remove { start, end } => shared.remove(start, end),
+                    Event::Unmap { start, end } => {
+                        shared.remove(&placement.unmap(&(start..end)));
+                        stripe.wake(start..end);
+                    }
+                    Event::Remap { from, to, length } => {
+                        placement.remap(from, to, length);
+                        stripe.wake(from..HostAddress(from.0 + length));
+                    }
                     Event::Other(number) => tracing::warn!(number, "unexpected userfaultfd event"),
                 }
             }
             if count < self.events.capacity() {
-                break;
+                return Ok(());
             }
         }
-        drop(no_installations);
-        Ok(())
     }
 
     fn answer(&mut self, fault: Fault, since: Instant) -> Result<(), PagerError> {
         let shared = Arc::clone(&self.shared);
-        let unit = shared.states.unit_of(fault.page);
+        // What was moved away after the fault was read has woken who waits, and is answered where it is now.
+        let page = shared.stripes[self.stripe].placement().page_at(fault.address);
+        let Some(page) = page else {
+            return self.answer_outside(fault.address);
+        };
+        let unit = shared.states.unit_of(page);
         match fault.kind {
             FaultKind::Minor => self.answer_minor(unit, since),
             FaultKind::Missing | FaultKind::WriteProtect => match shared.states.claim(unit) {
                 Claim::Granted => match shared.source.try_read(unit, &mut self.buffer) {
-                    Ok(Some(content)) => self.install_claimed(unit, content, since),
+                    Ok(Some(content)) => {
+                        shared.note_touch(page);
+                        self.install_claimed(unit, content, since)
+                    }
                     Ok(None) => {
+                        shared.note_touch(page);
                         shared.await_fetch(unit, since, FaultClass::Fetched);
                         // Before it is asked for: the answer may be faster than this thread.
                         shared.schedule.begin_demand();
@@ -130,7 +148,7 @@ impl FaultThread {
                     }
                     Err(error) => Err(shared.source_error(error)),
                 },
-                Claim::Joined => self.join(unit, since),
+                Claim::Joined => self.join(unit, fault, since),
                 Claim::Present | Claim::Removed => self.zero_settled(unit, since),
             },
         }
@@ -138,19 +156,35 @@ impl FaultThread {
 
     /// Waits for a fetch that is under way. The race: it may have ended, and woken nobody, before we were on the list; then
     /// the state says so, and we answer ourselves.
-    fn join(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
+    fn join(&mut self, unit: PageRange, fault: Fault, since: Instant) -> Result<(), PagerError> {
         self.shared.await_fetch(unit, since, FaultClass::Joined);
         if self.shared.states.get(unit.start) == PageState::InFlight {
             return Ok(());
         }
         self.shared.waiting().retain(|waiting| waiting.unit != unit.start);
-        self.answer(
-            Fault {
-                page: unit.start,
-                kind: FaultKind::Missing,
-            },
-            since,
-        )
+        self.answer(fault, since)
+    }
+
+    /// A fault at an address where none of the region's pages is. Memory that was made larger by mremap is registered in its
+    /// whole length, and what is behind the region's end is nobody's: zero, as anywhere.
+    fn answer_outside(&mut self, address: HostAddress) -> Result<(), PagerError> {
+        let shared = Arc::clone(&self.shared);
+        let stripe = &shared.stripes[self.stripe];
+        let pages = PageRange::new(PageIndex(0), shared.region.page_size().pages());
+        let start = HostAddress(address.0 - address.0 % pages.bytes() as u64);
+        let place = Piece { pages, start };
+        loop {
+            match shared.try_install(stripe, place, None).stopped {
+                None => return Ok(()),
+                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                // There already; or gone, and who waits is to find that out.
+                Some(error) => {
+                    tracing::debug!(%address, %error, "page fault outside the region");
+                    stripe.wake(place.addresses());
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Installs a claimed unit's content.
@@ -166,13 +200,12 @@ impl FaultThread {
             if shared.states.get(unit.start) != PageState::InFlight {
                 return self.zero_settled(unit, since);
             }
-            let bytes = Fetched {
-                pages: unit,
-                content,
-                buffer: &self.buffer,
-            }
-            .bytes_of(unit);
-            if shared.install(unit, bytes)? > 0 {
+            let stripe = &shared.stripes[self.stripe];
+            let Some(piece) = stripe.placement().run_at(unit) else {
+                return Ok(());
+            };
+            let bytes = Fetched::new(unit, content, &self.buffer).bytes_of(unit);
+            if shared.install(stripe, piece, bytes)? > 0 {
                 let (arrival, class) = match bytes {
                     Some(_) => (Arrival::Demand, FaultClass::Immediate),
                     None => (Arrival::Zero, FaultClass::Zero),
@@ -189,14 +222,18 @@ impl FaultThread {
     /// without a word. It gets a zero page; if there is a page after all, the kernel says so and nothing is replaced.
     fn zero_settled(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
         let shared = Arc::clone(&self.shared);
+        let stripe = &shared.stripes[self.stripe];
         let class = loop {
-            match shared.try_install(unit, None).stopped {
+            let Some(piece) = stripe.placement().run_at(unit) else {
+                return Ok(());
+            };
+            match shared.try_install(stripe, piece, None).stopped {
                 None => {
                     shared.states.touch(unit);
                     break FaultClass::Zero;
                 }
                 Some(InstallError::Exists) => {
-                    shared.wake(unit);
+                    stripe.wake(piece.addresses());
                     break FaultClass::Joined;
                 }
                 Some(InstallError::NotRegistered) if shared.released.load(Acquire) => {
@@ -219,15 +256,19 @@ impl FaultThread {
     /// kernel puts a page into the file, whole, before it maps it.
     fn answer_minor(&mut self, unit: PageRange, since: Instant) -> Result<(), PagerError> {
         let shared = Arc::clone(&self.shared);
+        let stripe = &shared.stripes[self.stripe];
         loop {
             if shared.states.get(unit.start) == PageState::Absent {
                 return Err(PagerError::Unaccounted { page: unit.start });
             }
-            match shared.uffd.continue_(shared.region.addresses(unit)).stopped {
+            let Some(piece) = stripe.placement().run_at(unit) else {
+                return Ok(());
+            };
+            match stripe.uffd.continue_(piece.addresses()).stopped {
                 None => break,
                 // Mapped by another thread; or gone again before it was mapped (EFAULT): the thread that waits looks again.
                 Some(InstallError::Exists | InstallError::Other(Errno::FAULT)) => {
-                    shared.wake(unit);
+                    stripe.wake(piece.addresses());
                     break;
                 }
                 Some(InstallError::NotRegistered) if shared.released.load(Acquire) => break,

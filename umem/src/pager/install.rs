@@ -1,8 +1,8 @@
 //! Putting content where a page is wanted.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
+use super::stripe::{Piece, Stripe};
 use super::{INSTALL_STEP, PagerError, Shared};
 use crate::image::is_zero;
 use crate::region::PageSize;
@@ -16,13 +16,25 @@ static ZEROS: [u8; HUGE_PAGE_SIZE] = [0; HUGE_PAGE_SIZE];
 /// The content of a run of pages, of which those that are all zero need no bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Fetched<'a> {
-    pub(super) pages: PageRange,
-    pub(super) content: Content,
+    pages: PageRange,
+    content: Content,
     /// As long as `pages`; means nothing where the content is zero.
-    pub(super) buffer: &'a [u8],
+    buffer: &'a [u8],
 }
 
 impl<'a> Fetched<'a> {
+    pub(super) fn new(pages: PageRange, content: Content, buffer: &'a [u8]) -> Self {
+        Self {
+            pages,
+            content,
+            buffer,
+        }
+    }
+
+    pub(super) fn zero(pages: PageRange) -> Self {
+        Self::new(pages, Content::Zero, &[])
+    }
+
     /// The bytes of `pages`, which are among those fetched; `None` says that they are all zero.
     pub(super) fn bytes_of(&self, pages: PageRange) -> Option<&'a [u8]> {
         let offset = (pages.start.0 - self.pages.start.0) as usize * PAGE_SIZE;
@@ -38,23 +50,24 @@ impl Shared {
     pub(super) fn deliver(&self, fetched: Fetched<'_>, arrival: Arrival) -> Result<(), PagerError> {
         let mut at = fetched.pages.start;
         while at < fetched.pages.end() {
-            let not_reading = self.installing.read().unwrap_or_else(PoisonError::into_inner);
-            let run = self.wanted_run(&fetched, at);
-            if run.count == 0 {
-                // Removed meanwhile.
+            let stripe = self.stripe_of(at);
+            let placement = stripe.placement();
+            let run = self.wanted_run(&fetched, stripe, at);
+            let Some(piece) = placement.run_at(run) else {
+                // Removed or unmapped meanwhile.
                 at = at.advance(self.region.page_size().pages());
                 continue;
-            }
-            let bytes = fetched.bytes_of(run);
-            let installed = PageRange::new(at, self.install(run, bytes)?);
+            };
+            let bytes = fetched.bytes_of(piece.pages);
+            let installed = PageRange::new(at, self.install(stripe, piece, bytes)?);
             for unit in self.states.units(installed) {
                 self.states
                     .arrive(unit, if bytes.is_none() { Arrival::Zero } else { arrival });
             }
-            drop(not_reading);
+            drop(placement);
             self.record_waiting(installed);
             if installed.count == 0 {
-                if self.events_ended.load(Acquire) {
+                if stripe.events_ended.load(Acquire) {
                     return Ok(());
                 }
                 // The fault thread is about to read the event that is in the way.
@@ -66,11 +79,12 @@ impl Shared {
     }
 
     /// The units from `at` on that are still in flight and alike in being zero or not, as many as may be installed at once.
-    fn wanted_run(&self, fetched: &Fetched<'_>, at: PageIndex) -> PageRange {
+    fn wanted_run(&self, fetched: &Fetched<'_>, stripe: &Stripe, at: PageIndex) -> PageRange {
         let unit = self.region.page_size().pages();
+        let end = fetched.pages.end().min(stripe.pages.end());
         let mut run = PageRange::new(at, 0);
         let mut zero = None;
-        while run.count + unit <= INSTALL_STEP.max(unit) && run.end() < fetched.pages.end() {
+        while run.count + unit <= INSTALL_STEP.max(unit) && run.end() < end {
             let is_zero = fetched.bytes_of(PageRange::new(run.end(), unit)).is_none();
             let alike = *zero.get_or_insert(is_zero) == is_zero;
             if !alike || self.states.get(run.end()) != PageState::InFlight {
@@ -81,11 +95,17 @@ impl Shared {
         run
     }
 
-    /// Installs `pages` or the first of them, by what their bytes are (`None`: zero), and wakes who waits for them. Answers
-    /// how many; 0 says that an event must be read first.
-    pub(super) fn install(&self, pages: PageRange, bytes: Option<&[u8]>) -> Result<u64, PagerError> {
+    /// Installs the pages of `piece` or the first of them, by what their bytes are (`None`: zero), and wakes who waits for
+    /// them. Answers how many; 0 says that an event must be read first.
+    pub(super) fn install(
+        &self,
+        stripe: &Stripe,
+        piece: Piece,
+        bytes: Option<&[u8]>,
+    ) -> Result<u64, PagerError> {
         let unit = self.region.page_size().pages();
-        let Installed { bytes: done, stopped } = self.try_install(pages, bytes);
+        let pages = piece.pages;
+        let Installed { bytes: done, stopped } = self.try_install(stripe, piece, bytes);
         match stopped {
             _ if done > 0 => Ok(done / PAGE_SIZE as u64),
             None => Ok(pages.count),
@@ -107,20 +127,12 @@ impl Shared {
     }
 
     /// The system call that the content and the region's page size ask for.
-    pub(super) fn try_install(&self, pages: PageRange, bytes: Option<&[u8]>) -> Installed {
-        let addresses = self.region.addresses(pages);
+    pub(super) fn try_install(&self, stripe: &Stripe, piece: Piece, bytes: Option<&[u8]>) -> Installed {
         match (bytes, self.region.page_size()) {
-            (Some(bytes), _) => self.uffd.copy(addresses.start, bytes),
-            (None, PageSize::Small) => self.uffd.zero(addresses),
+            (Some(bytes), _) => stripe.uffd.copy(piece.start, bytes),
+            (None, PageSize::Small) => stripe.uffd.zero(piece.addresses()),
             // There is no ZEROPAGE for huge pages. A run of them is one unit long (`wanted_run`).
-            (None, PageSize::Huge) => self.uffd.copy(addresses.start, &ZEROS[..pages.bytes()]),
-        }
-    }
-
-    /// Wakes who waits for `pages`, to look again.
-    pub(super) fn wake(&self, pages: PageRange) {
-        if let Err(error) = self.uffd.wake(self.region.addresses(pages)) {
-            tracing::debug!(%error, %pages, "cannot wake");
+            (None, PageSize::Huge) => stripe.uffd.copy(piece.start, &ZEROS[..piece.pages.bytes()]),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::{Content, PageSource, SourceError, SourceStats};
 use crate::image::{Image, ReadError, Wait};
-use crate::units::{PAGE_SIZE, PageIndex, PageRange};
+use crate::units::{PAGE_SIZE, PageRange};
 
 /// The most pages whose checksums are looked up at a time.
 const STEP: usize = 512;
@@ -115,12 +115,19 @@ impl PageSource for FileSource {
         })
     }
 
-    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
         // What is a hole in the file is zero only if the checksums agree: it may be damage.
-        Ok(match self.checksums {
-            Checksums::On => self.image.next_with_checksum(from)?,
-            Checksums::Off => self.image.next_data(from)?,
-        })
+        let found = match self.checksums {
+            Checksums::On => self.image.next_with_checksum_in(within)?,
+            Checksums::Off => self.image.next_data(within.start)?,
+        };
+        Ok(found
+            .map(|run| run.clamp_to(within.end()))
+            .filter(|run| run.count > 0))
+    }
+
+    fn digest(&self) -> Option<[u8; 32]> {
+        Some(self.image.footer().digest)
     }
 
     fn stats(&self) -> SourceStats {

@@ -8,7 +8,7 @@ use std::error::Error;
 use std::sync::Weak;
 
 use crate::image::ReadError;
-use crate::units::{PageIndex, PageRange};
+use crate::units::PageRange;
 
 pub use crate::wire::{MAX_REQUEST_PAGES, MAX_REQUEST_RANGES};
 
@@ -85,9 +85,12 @@ pub trait PageSource: Send + Sync {
     /// The content of `pages`. `buffer` is as long as `pages`.
     fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError>;
 
-    /// The next run of pages at or after `from` that may hold something; everything before it is zero. Of pages that are
-    /// in no such run nothing is ever fetched by a background fill.
-    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError>;
+    /// The first run of pages in `within` that may hold something; everything before it is zero, and `None` says that all of
+    /// `within` is. Of pages that are in no such run nothing is ever fetched by a background fill. May wait.
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError>;
+
+    /// The identity of the content: two sources with the same one hold the same pages. `None`: it has none.
+    fn digest(&self) -> Option<[u8; 32]>;
 
     /// Where pages go that are submitted. Called once, before anything else is asked.
     fn attach(&self, _sink: Weak<dyn PageSink>) {}

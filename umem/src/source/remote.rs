@@ -164,22 +164,28 @@ impl PageSource for RemoteSource {
         Ok(Content::Data)
     }
 
-    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
         let shared = &self.shared;
-        let mut at = from.0;
-        while at < shared.pages {
+        let mut at = within.start.0;
+        let end = within.end().0.min(shared.pages);
+        while at < end {
             let chunk = at / MAX_BITMAP_PAGES;
             let start = chunk * MAX_BITMAP_PAGES;
             let count = MAX_BITMAP_PAGES.min(shared.pages - start);
             let bits = shared.data_bits(chunk, PageRange::new(PageIndex(start), count))?;
             let has = |page: &u64| bits[((page - start) / 8) as usize] & (1 << ((page - start) % 8)) != 0;
-            if let Some(first) = (at..start + count).find(has) {
-                let run = (first..start + count).take_while(has).count() as u64;
+            let stop = (start + count).min(end);
+            if let Some(first) = (at..stop).find(has) {
+                let run = (first..stop).take_while(has).count() as u64;
                 return Ok(Some(PageRange::new(PageIndex(first), run)));
             }
-            at = start + count;
+            at = stop;
         }
         Ok(None)
+    }
+
+    fn digest(&self) -> Option<[u8; 32]> {
+        self.shared.digest
     }
 
     fn attach(&self, sink: Weak<dyn PageSink>) {

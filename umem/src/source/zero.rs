@@ -1,7 +1,7 @@
 //! Nothing but zero pages.
 
 use super::{Content, PageSource, SourceError, SourceStats};
-use crate::units::{PageIndex, PageRange};
+use crate::units::PageRange;
 
 /// The source of memory that begins empty.
 #[derive(Debug)]
@@ -20,8 +20,12 @@ impl PageSource for ZeroSource {
         Ok(Content::Zero)
     }
 
-    fn next_data(&self, _: PageIndex) -> Result<Option<PageRange>, SourceError> {
+    fn next_data(&self, _: PageRange) -> Result<Option<PageRange>, SourceError> {
         Ok(None)
+    }
+
+    fn digest(&self) -> Option<[u8; 32]> {
+        None
     }
 
     fn stats(&self) -> SourceStats {

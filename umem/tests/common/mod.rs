@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use umem::image::{Image, ImageWriter};
-use umem::pager::{Fill, Notice, Pager, PagerStats};
+use umem::pager::{Notice, Pager, PagerOptions, PagerStats};
 use umem::publish::Existing;
 use umem::region::{Backing, PageSize, Region};
 use umem::source::PageSource;
@@ -66,11 +66,11 @@ pub fn start(
     pages: u64,
     backing: Backing,
     size: PageSize,
-    fill: Fill,
+    options: impl Into<PagerOptions>,
 ) -> Fixture {
     let region = Arc::new(Region::new(pages * PAGE_SIZE as u64, backing, size).unwrap());
     let (sender, notices) = channel();
-    let pager = Pager::start(Arc::clone(&region), source, fill, move |notice| {
+    let pager = Pager::start(Arc::clone(&region), source, options, move |notice| {
         let _ = sender.send(notice);
     })
     .unwrap();

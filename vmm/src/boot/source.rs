@@ -45,11 +45,11 @@ impl LayoutSource {
         content
     }
 
-    fn next_written(&self, from: PageIndex) -> Option<PageRange> {
+    fn next_written(&self, within: PageRange) -> Option<PageRange> {
         let mut written = self
             .layout
             .pages()
-            .filter(|(page, written)| *written && *page >= from.0);
+            .filter(|(page, written)| *written && within.contains(PageIndex(*page)));
         let (first, _) = written.next()?;
         let more = written
             .zip(first + 1..)
@@ -93,10 +93,15 @@ impl PageSource for LayoutSource {
         !ranges.iter().any(written) && self.base.submit(ranges, class)
     }
 
-    fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, SourceError> {
-        let (base, own) = (self.base.next_data(from)?, self.next_written(from));
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
+        let (base, own) = (self.base.next_data(within)?, self.next_written(within));
         // Whichever comes first; what of the other lies in it is asked for page by page anyway.
         Ok(base.into_iter().chain(own).min_by_key(|run| run.start))
+    }
+
+    /// The base's: the few pages over it are this VM's own, and are not what anybody keeps it for.
+    fn digest(&self) -> Option<[u8; 32]> {
+        self.base.digest()
     }
 
     fn close(&self) {
@@ -146,10 +151,10 @@ mod tests {
     fn data_is_what_the_layout_wrote() {
         let source = source();
         let mut found = Vec::new();
-        let mut at = PageIndex(0);
-        while let Some(run) = source.next_data(at).unwrap() {
+        let mut rest = PageRange::new(PageIndex(0), 4096);
+        while let Some(run) = source.next_data(rest).unwrap() {
             found.extend(run.pages().map(|page| page.0));
-            at = run.end();
+            rest = rest.from(run.end());
         }
         let written: Vec<u64> = source
             .layout

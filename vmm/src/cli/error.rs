@@ -11,6 +11,7 @@ use umem::region::RegionError;
 use umem::source::SourceError;
 use umem::source::remote::RemoteError;
 use umem::uffd;
+use umem::working_set::WorkingSetError;
 
 use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
@@ -18,6 +19,7 @@ use crate::devices::EventLoopError;
 use crate::kvm::HostError;
 use crate::machine::MachineError;
 use crate::report::ReportError;
+use crate::working_set::WorkingSetFileError;
 
 /// Exit codes, as the manual promises them.
 #[allow(missing_docs)]
@@ -106,6 +108,9 @@ pub(super) enum CommandError {
     /// The report cannot be written.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// No working set.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetFileError),
     /// The log cannot be written.
     #[error("cannot open log file '{path}'")]
     LogFile {
@@ -141,6 +146,7 @@ impl CommandError {
                 exit_code::CORRUPT
             }
             Self::WriteImage(error) => write_exit_code(error),
+            Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
@@ -163,6 +169,18 @@ pub(super) fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
+}
+
+fn working_set_exit_code(error: &WorkingSetFileError) -> u8 {
+    match error {
+        WorkingSetFileError::Read { .. }
+        | WorkingSetFileError::Write { .. }
+        | WorkingSetFileError::Unusable {
+            source: WorkingSetError::OtherImage,
+            ..
+        } => exit_code::USAGE,
+        WorkingSetFileError::Unusable { .. } => exit_code::CORRUPT,
+    }
 }
 
 fn machine_exit_code(error: &MachineError) -> u8 {
@@ -191,6 +209,8 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::Region(RegionError::Os { .. })
         | MachineError::Pager(_)
         | MachineError::Console(_)
+        // The VM has run by then.
+        | MachineError::WorkingSet(_)
         | MachineError::Os(_) => exit_code::RUNTIME,
     }
 }

@@ -1,6 +1,7 @@
 //! Options of the form `key=value,key=value`, and sizes.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -104,6 +105,22 @@ impl KeyValues {
             reason: reason.to_string(),
         };
         value.parse().map(Some).map_err(wrong)
+    }
+
+    /// The value of `key`, which is a number in `range`.
+    pub(super) fn get_in(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<usize>,
+    ) -> Result<Option<usize>, OptionError> {
+        match self.get(key)? {
+            Some(value) if !range.contains(&value) => Err(OptionError::Value {
+                key,
+                value: value.to_string(),
+                reason: format!("expected {} to {}", range.start(), range.end()),
+            }),
+            value => Ok(value),
+        }
     }
 
     /// The values of `key`, each read as a `T`.

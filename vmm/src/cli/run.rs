@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use umem::image::Image;
-use umem::pager::Fill;
+use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
 use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
@@ -22,12 +22,17 @@ use crate::ending::Ending;
 use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
 use crate::report::{Report, ReportTarget, milliseconds};
 use crate::signals;
+use crate::working_set::{self, Recording};
 
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
 const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME],source-timeout=30s,\
-                             backing=memfd|anonymous,hugepages=on|off,fill=off|sequential,checksums=on|off";
+                             backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
+                             stripes=N,checksums=on|off";
+/// More userfaultfds would serve nobody: one is enough for many vCPUs.
+const MAX_STRIPES: usize = 64;
+
 const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
 
 /// What `umem run` takes.
@@ -49,6 +54,17 @@ pub(super) struct RunOptions {
     cpus: Option<String>,
     #[arg(long, value_name = "KEY=VALUE,…", help = format!("RAM and where it comes from: {MEMORY_SYNTAX}"))]
     memory: Option<String>,
+    /// Write which pages of the image the guest touches to FILE, for fill=recorded; needs fill=off and small pages
+    #[arg(long, value_name = "FILE")]
+    record_working_set: Option<PathBuf>,
+    /// How long to record, from the start
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "60s",
+        requires = "record_working_set"
+    )]
+    record_for: Seconds,
     /// Write a report of the run to FILE, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -143,13 +159,29 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         None => Guest::from_kernel(options, &memory)?,
         Some(image) => Guest::from_image(options, &memory, image)?,
     };
+    let fill = memory.fill(&*guest.source, guest.ram)?;
+    let recording = options
+        .record_working_set
+        .as_deref()
+        .map(|path| {
+            memory.check_recordable(&*guest.source)?;
+            Recording::new(path, options.record_for.0).map_err(CommandError::from)
+        })
+        .transpose()?;
     Ok(MachineConfig {
         source: guest.source,
         ram: guest.ram,
         entry: guest.entry,
         backing: memory.backing,
         page_size: memory.page_size,
-        fill: memory.fill,
+        pager: PagerOptions {
+            fill,
+            stripes: memory.stripes,
+            record: recording
+                .as_ref()
+                .map(|recording| Arc::clone(recording.touched())),
+        },
+        recording,
         firmware,
         cpus,
         async_pf,
@@ -285,8 +317,20 @@ struct MemoryOptions {
     source_timeout: Seconds,
     backing: Backing,
     page_size: PageSize,
-    fill: Fill,
+    fill: FillPolicy,
+    working_set: Option<PathBuf>,
+    /// Userfaultfds that RAM is divided among.
+    stripes: usize,
     checksums: Checksums,
+}
+
+/// `fill=`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FillPolicy {
+    Off,
+    Sequential,
+    NearFaults,
+    Recorded,
 }
 
 impl MemoryOptions {
@@ -304,7 +348,9 @@ impl MemoryOptions {
             source_timeout: Seconds(Duration::from_secs(30)),
             backing: Backing::Memfd,
             page_size: PageSize::Small,
-            fill: Fill::Off,
+            fill: FillPolicy::Off,
+            working_set: None,
+            stripes: 1,
             checksums: Checksums::On,
         };
         let Some(text) = text else { return Ok(options) };
@@ -315,6 +361,8 @@ impl MemoryOptions {
             "backing",
             "hugepages",
             "fill",
+            "working-set",
+            "stripes",
             "checksums",
         ];
         let given = KeyValues::parse_repeating(text, &keys, &["source"], MEMORY_SYNTAX)?;
@@ -325,11 +373,57 @@ impl MemoryOptions {
         options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
         let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);
         options.page_size = if huge { PageSize::Huge } else { PageSize::Small };
-        let fills = [("off", Fill::Off), ("sequential", Fill::Sequential)];
-        options.fill = given.choose("fill", &fills)?.unwrap_or(options.fill);
+        let fills = [
+            ("off", FillPolicy::Off),
+            ("sequential", FillPolicy::Sequential),
+            ("near-faults", FillPolicy::NearFaults),
+            ("recorded", FillPolicy::Recorded),
+        ];
+        options.working_set = given.get("working-set")?;
+        let implied = options.working_set.as_ref().map(|_| FillPolicy::Recorded);
+        options.fill = given.choose("fill", &fills)?.or(implied).unwrap_or(options.fill);
+        options.stripes = given
+            .get_in("stripes", 1..=MAX_STRIPES)?
+            .unwrap_or(options.stripes);
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
         Ok(options)
+    }
+}
+
+impl MemoryOptions {
+    /// The fill of RAM from `source`.
+    fn fill(&self, source: &dyn PageSource, ram: RamMap) -> Result<Fill, CommandError> {
+        Ok(match (self.fill, &self.working_set) {
+            (FillPolicy::Recorded, Some(path)) => {
+                Fill::Recorded(Arc::new(working_set::load(path, source, ram.size() / PAGE_SIZE)?))
+            }
+            (FillPolicy::Recorded, None) => {
+                let text = "--memory fill=recorded needs working-set=FILE, which --record-working-set makes";
+                return Err(CommandError::Usage(text.into()));
+            }
+            (_, Some(_)) => {
+                let text = "--memory working-set=FILE is for fill=recorded, and another fill was asked for";
+                return Err(CommandError::Usage(text.into()));
+            }
+            (FillPolicy::Off, None) => Fill::Off,
+            (FillPolicy::Sequential, None) => Fill::Sequential,
+            (FillPolicy::NearFaults, None) => Fill::NearFaults,
+        })
+    }
+
+    /// Refuses what would make the record of a working set wrong.
+    fn check_recordable(&self, source: &dyn PageSource) -> Result<(), CommandError> {
+        let reason = if source.digest().is_none() {
+            "needs an image (--memory source=…), whose pages they are"
+        } else if self.fill != FillPolicy::Off {
+            "needs fill=off: what a fill has loaded, nobody sees being touched"
+        } else if self.page_size == PageSize::Huge {
+            "needs hugepages=off: of a huge page nobody sees which part was touched"
+        } else {
+            return Ok(());
+        };
+        Err(CommandError::Usage(format!("--record-working-set {reason}")))
     }
 }
 
