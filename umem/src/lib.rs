@@ -13,6 +13,7 @@
 
 pub mod channel;
 mod checksums;
+pub mod handoff;
 pub mod image;
 mod image_verify;
 mod image_writer;

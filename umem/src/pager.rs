@@ -34,29 +34,30 @@ mod fill;
 mod install;
 mod order;
 mod record;
+mod shared;
 mod stripe;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 use std::{fmt, io};
 
 use rustix::event::EventfdFlags;
-use rustix::fd::OwnedFd;
 
 use self::faults::FaultThread;
-use self::install::Fetched;
 pub use self::record::{MAX_TOUCHED, TouchRecord};
+pub(crate) use self::shared::populated_huge_pages;
+use self::shared::{Observer, Shared};
 use self::stripe::{Placement, Stripe};
 
 use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
-use crate::source::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
-use crate::states::{Arrival, PageState, PageStates, StateCounts};
+use crate::source::{PageSource, SourceError, SourceStats};
+use crate::states::{Arrival, PageStates, StateCounts};
 use crate::stats::{Histogram, Summary};
 use crate::uffd::{self, Features, InstallError, Userfaultfd};
-use crate::units::{PageIndex, PageRange};
+use crate::units::{HostAddress, PageIndex, PageRange};
 use crate::working_set::WorkingSet;
 
 /// Pages installed by one system call at most: what a fault may have to wait for behind background work.
@@ -245,39 +246,6 @@ pub struct Pager {
     workers: Vec<JoinHandle<()>>,
 }
 
-/// Somebody waits for a unit that another thread is fetching.
-struct Waiting {
-    unit: PageIndex,
-    since: Instant,
-    class: FaultClass,
-}
-
-type Observer = Box<dyn Fn(Notice) + Send + Sync>;
-
-struct Shared {
-    /// By page, all of one length but the last. Before the region, whose end would wait for its own event to be read.
-    stripes: Vec<Stripe>,
-    region: Arc<Region>,
-    source: Arc<dyn PageSource>,
-    states: PageStates,
-    schedule: Schedule,
-    waiting: Mutex<Vec<Waiting>>,
-    latency: [Histogram; FaultClass::ALL.len()],
-    duplicate: AtomicU64,
-    populated_at_start: u64,
-    all_present_at: OnceLock<Instant>,
-    /// The region was unregistered, or the first failure was told: nothing more is to be told.
-    released: AtomicBool,
-    failed: AtomicBool,
-    /// The owner waits for the threads to end.
-    closing: AtomicBool,
-    /// The page of the latest fault that had to be served from the source.
-    last_fault: AtomicU64,
-    record: Option<Arc<TouchRecord>>,
-    stop: OwnedFd,
-    observer: Observer,
-}
-
 impl Pager {
     /// Registers `region` and begins to serve its faults from `source`. The region must not have been touched.
     pub fn start(
@@ -286,31 +254,83 @@ impl Pager {
         options: impl Into<PagerOptions>,
         observer: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
-        let PagerOptions {
-            fill,
-            stripes,
-            record,
-        } = options.into();
-        let stripes = register(&region, stripes)?;
+        let options = options.into();
+        let stripes = register(&region, options.stripes)?;
         // After registering: from here on nothing is populated unseen.
         let populated_at_start = region.populated().map_err(StartError::Count)?;
         if populated_at_start > 0 {
             return Err(StartError::Populated(populated_at_start));
         }
+        let page_size = region.page_size();
+        let states = PageStates::new(region.pages(), page_size.pages()).ok_or(StartError::NoMemory)?;
+        let memory = Memory {
+            stripes,
+            page_size,
+            states: Arc::new(states),
+        };
+        Self::serve(
+            memory,
+            Some(region),
+            Vec::new(),
+            source,
+            options,
+            Box::new(observer),
+        )
+    }
+
+    /// Goes on serving memory that was served before by a process that is gone, or was not served yet: memory of another
+    /// process, or of this one. What was in flight is fetched again.
+    pub fn take_over(
+        memory: Memory,
+        source: Arc<dyn PageSource>,
+        options: impl Into<PagerOptions>,
+        observer: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Result<Self, StartError> {
+        let uncertain = memory.states.cancel_all();
+        let pager = Self::serve(
+            memory,
+            None,
+            uncertain,
+            source,
+            options.into(),
+            Box::new(observer),
+        )?;
+        // Faults that were read and not answered are nowhere any more: who waits is woken, and faults again.
+        pager.shared.wake(pager.shared.states.all());
+        Ok(pager)
+    }
+
+    fn serve(
+        memory: Memory,
+        region: Option<Arc<Region>>,
+        uncertain: Vec<PageIndex>,
+        source: Arc<dyn PageSource>,
+        options: PagerOptions,
+        observer: Observer,
+    ) -> Result<Self, StartError> {
+        let PagerOptions { fill, record, .. } = options;
+        let Memory {
+            stripes,
+            page_size,
+            states,
+        } = memory;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| StartError::Os(errno.into()))?;
-        let states =
-            PageStates::new(region.pages(), region.page_size().pages()).ok_or(StartError::NoMemory)?;
+        let stripes = stripes.into_iter().map(|stripe| {
+            let placement = Placement::new(stripe.pages, stripe.start);
+            Stripe::new(stripe.uffd, placement)
+        });
         let shared = Arc::new(Shared {
+            stripes: stripes.collect(),
             region,
-            stripes,
+            page_size,
             source,
             states,
+            uncertain,
             schedule: Schedule::new(),
             waiting: Mutex::new(Vec::with_capacity(1024)),
             latency: Default::default(),
             duplicate: AtomicU64::new(0),
-            populated_at_start,
             all_present_at: OnceLock::new(),
             released: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -318,7 +338,7 @@ impl Pager {
             last_fault: AtomicU64::new(0),
             record,
             stop,
-            observer: Box::new(observer),
+            observer,
         });
         let sink: Weak<Shared> = Arc::downgrade(&shared);
         shared.source.attach(sink);
@@ -361,7 +381,8 @@ impl Pager {
         let histograms: Vec<&Histogram> = shared.latency.iter().collect();
         PagerStats {
             states: shared.states.counts(),
-            populated_at_start: shared.populated_at_start,
+            // Or it would not have been started.
+            populated_at_start: 0,
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
             zero: shared.states.arrived_by(Arrival::Zero),
@@ -376,11 +397,6 @@ impl Pager {
     /// The most memory that its page-state table can take, in bytes.
     pub fn table_size(&self) -> u64 {
         self.shared.states.table_size()
-    }
-
-    /// The region it serves.
-    pub fn region(&self) -> &Arc<Region> {
-        &self.shared.region
     }
 
     /// The source it serves from.
@@ -407,8 +423,31 @@ impl Drop for Pager {
     }
 }
 
-/// Divides a region into stripes and registers each with a userfaultfd of its own.
-fn register(region: &Region, stripes: usize) -> Result<Vec<Stripe>, StartError> {
+/// A part of a region, registered with a userfaultfd of its own.
+#[derive(Debug)]
+pub struct RegisteredStripe {
+    /// Where its faults come.
+    pub uffd: Userfaultfd,
+    /// Its pages.
+    pub pages: PageRange,
+    /// Where the first of them is, in the process whose memory it is.
+    pub start: HostAddress,
+}
+
+/// Memory to be served.
+#[derive(Debug)]
+pub struct Memory {
+    /// By page, all of one length but the last.
+    pub stripes: Vec<RegisteredStripe>,
+    /// In which size it is installed.
+    pub page_size: PageSize,
+    /// What is known of its pages.
+    pub states: Arc<PageStates>,
+}
+
+/// Divides a region into stripes, as many as asked for if there are as many huge pages, and registers each with a userfaultfd
+/// of its own.
+pub fn register(region: &Region, stripes: usize) -> Result<Vec<RegisteredStripe>, StartError> {
     let (features, mode) = region.registration();
     let events = Features::EVENT_REMOVE
         .and(Features::EVENT_UNMAP)
@@ -423,10 +462,10 @@ fn register(region: &Region, stripes: usize) -> Result<Vec<Stripe>, StartError> 
         .map(|index| {
             let pages = PageRange::new(PageIndex(index * length), length).clamp_to(PageIndex(region.pages()));
             let addresses = region.addresses(pages);
+            let start = addresses.start;
             let uffd = Userfaultfd::open(features.and(events))?;
-            uffd.register(addresses.clone(), mode)
-                .map_err(StartError::Register)?;
-            Ok(Stripe::new(uffd, Placement::new(pages, addresses.start)))
+            uffd.register(addresses, mode).map_err(StartError::Register)?;
+            Ok(RegisteredStripe { uffd, pages, start })
         })
         .collect()
 }
@@ -444,210 +483,5 @@ impl fmt::Debug for Pager {
         f.debug_struct("Pager")
             .field("source", &self.shared.source.url())
             .finish_non_exhaustive()
-    }
-}
-
-impl Shared {
-    /// A buffer for `pages` pages.
-    fn buffer(pages: u64) -> Vec<u8> {
-        vec![0; PageRange::new(PageIndex(0), pages).bytes()]
-    }
-
-    /// A reader thread: fetches what the fault thread could not have at once.
-    fn serve_demand(self: Arc<Self>) {
-        let mut buffer = Self::buffer(self.region.page_size().pages());
-        while let Ok(unit) = self.schedule.take() {
-            let result = match self.source.read(unit, &mut buffer) {
-                Ok(content) => self.deliver(Fetched::new(unit, content, &buffer), Arrival::Demand),
-                Err(error) => Err(self.source_error(error)),
-            };
-            self.schedule.end_demand();
-            if let Err(error) = result {
-                self.fail(error);
-            }
-            self.release_if_settled();
-        }
-    }
-
-    /// Asks the source for pages that it brings by itself. False: they have to be read. Huge pages are: what a source brings comes
-    /// in pieces, and they are installed whole.
-    fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
-        self.region.page_size() == PageSize::Small && self.source.submit(ranges, class)
-    }
-
-    fn source_error(&self, source: SourceError) -> PagerError {
-        PagerError::Source {
-            url: self.source.url(),
-            source,
-        }
-    }
-
-    /// Tells of the first failure. What it was about is never installed, and whoever waits for it keeps waiting: anything else
-    /// would be an invented page.
-    fn fail(&self, error: PagerError) {
-        // What the end breaks off is no failure.
-        if !self.closing.load(Relaxed) && !self.failed.swap(true, AcqRel) {
-            (self.observer)(Notice::Failed(Arc::new(error)));
-        }
-    }
-
-    fn stripe_of(&self, page: PageIndex) -> &Stripe {
-        &self.stripes[(page.0 / self.stripes[0].pages.count) as usize]
-    }
-
-    /// Pages that were claimed are not going to be fetched after all: who waits for them looks again.
-    fn give_up(&self, pages: PageRange) {
-        for unit in self.states.units(pages) {
-            self.states.cancel(unit);
-        }
-        self.wake(pages);
-        self.record_waiting(pages);
-    }
-
-    /// Wakes who waits for `pages`, to look again.
-    fn wake(&self, pages: PageRange) {
-        for stripe in &self.stripes {
-            let placement = stripe.placement();
-            for piece in placement.pieces_of(pages) {
-                stripe.wake(piece.addresses());
-            }
-        }
-    }
-
-    /// A page from the source was touched, for the first time.
-    fn note_touch(&self, page: PageIndex) {
-        self.last_fault.store(page.0, Relaxed);
-        if let Some(record) = &self.record {
-            record.add(page);
-        }
-    }
-
-    fn await_fetch(&self, unit: PageRange, since: Instant, class: FaultClass) {
-        self.waiting().push(Waiting {
-            unit: unit.start,
-            since,
-            class,
-        });
-    }
-
-    /// Those who waited for `pages` have been woken.
-    fn record_waiting(&self, pages: PageRange) {
-        let mut waiting = self.waiting();
-        if waiting.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        waiting.retain(|waiting| {
-            let woken = pages.contains(waiting.unit);
-            if woken {
-                self.latency[waiting.class as usize].record(now - waiting.since);
-            }
-            !woken
-        });
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, Vec<Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// When the last page is settled, umem leaves.
-    fn release_if_settled(&self) {
-        if self.states.all_settled() {
-            self.release();
-        }
-    }
-
-    /// Unregisters the region: it is ordinary memory from now on. Called when every page is settled, or when whatever is
-    /// absent is known to be zero, which is what the kernel fills in by itself.
-    fn release(&self) {
-        if self.released.swap(true, AcqRel) {
-            return;
-        }
-        for stripe in &self.stripes {
-            // A copy, because the kernel may wait here for an event to be read.
-            let placement = stripe.placement().clone();
-            for piece in placement.pieces() {
-                if let Err(error) = stripe.uffd.unregister(piece.addresses()) {
-                    // Nothing is lost: it stays registered and the fault thread goes on answering.
-                    tracing::warn!(%error, "cannot unregister guest memory");
-                    return;
-                }
-            }
-        }
-        // The kernel wakes all waiters before it takes the memory off the userfaultfd. The race: a thread that faults under
-        // the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
-        self.wake(self.states.all());
-        let populated = self.populated_huge_pages();
-        self.states.settle_rest_as_zero();
-        self.record_waiting(self.states.all());
-        let _ = self.all_present_at.set(Instant::now());
-        (self.observer)(Notice::AllPagesPresent);
-        // The fault thread stays: a thread that began to drop pages before the memory was taken off waits for its event to
-        // be read.
-        self.schedule.stop();
-        for pages in populated {
-            if self.closing.load(Relaxed) {
-                return;
-            }
-            self.region.collapse(pages);
-        }
-    }
-
-    /// Ranges of 2 MiB that are populated throughout and can be huge pages again: page by page is how they came, not how
-    /// they must stay.
-    fn populated_huge_pages(&self) -> Vec<PageRange> {
-        let (all, huge) = (self.region.pages(), PageSize::Huge.pages());
-        if self.region.page_size() == PageSize::Huge {
-            return Vec::new();
-        }
-        (0..all / huge)
-            .map(|index| PageRange::new(PageIndex(index * huge), huge))
-            .filter(|range| {
-                range
-                    .pages()
-                    .all(|page| self.states.get(page) == PageState::Present)
-            })
-            .collect()
-    }
-
-    fn stop_fault_threads(&self) {
-        // Nobody reads the counter, so all see it. The counter cannot overflow, so the write cannot fail.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-    }
-}
-
-impl PageSink for Shared {
-    fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class) {
-        let arrival = match class {
-            Class::Demand => Arrival::Demand,
-            Class::Background => Arrival::Prefetched,
-        };
-        if let Err(error) = self.deliver(Fetched::new(pages, content, buffer), arrival) {
-            self.fail(error);
-        }
-    }
-
-    fn completed(&self, class: Class) {
-        match class {
-            Class::Demand => self.schedule.end_demand(),
-            Class::Background => self.schedule.end_background(),
-        }
-        self.release_if_settled();
-    }
-
-    fn failed(&self, error: SourceError) {
-        self.fail(self.source_error(error));
-    }
-}
-
-impl Shared {
-    /// Pages were dropped.
-    fn remove(&self, dropped: &[PageRange]) {
-        for pages in dropped {
-            if !self.states.remove(*pages) {
-                self.fail(PagerError::PartlyRemoved { pages: *pages });
-            }
-            self.record_waiting(*pages);
-        }
     }
 }

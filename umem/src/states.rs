@@ -31,11 +31,18 @@
 //!
 //! Memory is installed in units, of one page or (on huge pages) of 512, and what the kernel cannot install or drop apart
 //! has one state: the table has one entry a unit. Counts are in pages all the same.
+//!
+//! A table can be shared with another process, which serves the region ([`crate::handoff`]). It is what outlives that process:
+//! whoever takes over finds in it what is settled, and gives up what was in flight. The counts are each process' own, and
+//! only right for the one that makes the transitions; the other one counts anew.
 
-use std::alloc::Layout;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
 
+mod table;
+
+use self::table::Table;
 use crate::units::{PageIndex, PageRange};
 
 /// The state of a page.
@@ -122,15 +129,16 @@ impl Entry {
         matches!(self.state(), PageState::Present | PageState::Removed)
     }
 
+    /// Below `ARRIVALS` whatever the byte is: another process may have written it.
     fn arrival(self) -> usize {
-        usize::from(self.0 >> ARRIVAL_SHIFT)
+        usize::from(self.0 >> ARRIVAL_SHIFT).min(ARRIVALS - 1)
     }
 }
 
 /// The table: one byte a unit, so 256 KiB a GiB for single pages. Untouched parts of it cost no memory.
 #[derive(Debug)]
 pub struct PageStates {
-    entries: Box<[AtomicU8]>,
+    entries: Table,
     /// Pages a unit.
     unit: u64,
     /// Pages that are `Absent` or `InFlight`.
@@ -154,19 +162,75 @@ impl PageStates {
             "{pages} pages are no multiple of {unit}"
         );
         let count = usize::try_from(pages / unit).ok()?;
-        let layout = Layout::array::<AtomicU8>(count).ok()?;
-        // SAFETY: the layout is not empty.
-        let entries = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?.cast();
-        // SAFETY: allocated with this layout by the allocator of boxes; an AtomicU8 of zero bits is valid, and means Absent.
-        let entries = unsafe { Box::from_raw(NonNull::slice_from_raw_parts(entries, count).as_ptr()) };
-        Some(Self {
+        Some(Self::of(Table::new(count)?, unit))
+    }
+
+    /// The same in memory that another process can be given, with the descriptor to give.
+    ///
+    /// # Panics
+    ///
+    /// Where `pages` is not a multiple of `unit`.
+    pub fn new_shared(pages: u64, unit: u64) -> io::Result<(Self, OwnedFd)> {
+        assert!(
+            unit > 0 && pages > 0 && pages.is_multiple_of(unit),
+            "{pages} pages are no multiple of {unit}"
+        );
+        let (table, descriptor) = Table::new_shared((pages / unit) as usize)?;
+        Ok((Self::of(table, unit), descriptor))
+    }
+
+    /// A table that another process made for `pages` pages, as it is now. An error: it is not one of that size, or it could
+    /// become shorter under this process.
+    pub fn from_shared(descriptor: BorrowedFd<'_>, pages: u64, unit: u64) -> io::Result<Self> {
+        if unit == 0 || pages == 0 || !pages.is_multiple_of(unit) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let states = Self::of(Table::from_shared(descriptor, (pages / unit) as usize)?, unit);
+        states.recount();
+        Ok(states)
+    }
+
+    fn of(entries: Table, unit: u64) -> Self {
+        let pages = entries.len() as u64 * unit;
+        Self {
             entries,
             unit,
             unsettled: AtomicU64::new(pages),
             in_flight: AtomicU64::new(0),
             removed: AtomicU64::new(0),
             by_arrival: Default::default(),
-        })
+        }
+    }
+
+    /// Counts what there is, for a process that has not made all transitions itself. Transitions meanwhile may be missed.
+    pub fn recount(&self) {
+        let (mut unsettled, mut in_flight, mut removed) = (0, 0, 0);
+        let mut by_arrival = [0; ARRIVALS];
+        for entry in self.entries.iter() {
+            let entry = Entry(entry.load(Acquire));
+            unsettled += u64::from(!entry.is_settled());
+            match entry.state() {
+                PageState::Absent => {}
+                PageState::InFlight => in_flight += 1,
+                PageState::Present => by_arrival[entry.arrival()] += 1,
+                PageState::Removed => removed += 1,
+            }
+        }
+        self.in_flight.store(in_flight * self.unit, Release);
+        self.removed.store(removed * self.unit, Release);
+        for (count, counted) in self.by_arrival.iter().zip(by_arrival) {
+            count.store(counted * self.unit, Release);
+        }
+        self.unsettled.store(unsettled * self.unit, Release);
+    }
+
+    /// Gives up everything that is in flight, which is right when whoever fetched it is gone. Answers the first page of each
+    /// such unit, in order: it may have been installed, and nobody left to say so.
+    pub fn cancel_all(&self) -> Vec<PageIndex> {
+        self.units(self.all())
+            .filter(|unit| self.cancel(*unit))
+            .map(|unit| unit.start)
+            .collect()
     }
 
     /// The memory that the table takes when all of it is in use, in bytes.

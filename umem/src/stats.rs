@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Buckets a power of two: a recorded value is off by at most one part in 32.
 const SUB_BUCKETS: u64 = 32;
 const SUB_BITS: u32 = SUB_BUCKETS.trailing_zeros();
@@ -26,7 +28,7 @@ impl Default for Histogram {
 }
 
 /// What a histogram says, in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
     /// Values recorded.
     pub count: u64,
@@ -90,6 +92,11 @@ impl Histogram {
     pub fn summary(&self) -> Summary {
         Self::summary_of(&[self])
     }
+}
+
+/// A time for people: `30 s`, `0.5 s`.
+pub(crate) fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_millis() as f64 / 1000.0)
 }
 
 fn bucket_of(value: u64) -> usize {

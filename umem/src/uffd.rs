@@ -324,6 +324,12 @@ impl Userfaultfd {
         }
     }
 
+    /// One that another process opened, with whatever features it has.
+    pub fn from_descriptor(fd: OwnedFd) -> Self {
+        let features = Features(0);
+        Self { fd, features }
+    }
+
     /// The features that were switched on.
     pub fn features(&self) -> Features {
         self.features

@@ -10,8 +10,9 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::install::Fetched;
+use super::shared::Shared;
 use super::stripe::Piece;
-use super::{FaultClass, PagerError, Shared};
+use super::{FaultClass, PagerError};
 use crate::source::{Class, Content};
 use crate::states::{Arrival, Claim, PageState};
 use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
@@ -40,7 +41,7 @@ pub(super) struct FaultThread {
 
 impl FaultThread {
     pub(super) fn new(shared: Arc<Shared>, stripe: usize) -> Self {
-        let buffer = Shared::buffer(shared.region.page_size().pages());
+        let buffer = Shared::buffer(shared.page_size.pages());
         Self {
             shared,
             stripe,
@@ -170,7 +171,7 @@ impl FaultThread {
     fn answer_outside(&mut self, address: HostAddress) -> Result<(), PagerError> {
         let shared = Arc::clone(&self.shared);
         let stripe = &shared.stripes[self.stripe];
-        let pages = PageRange::new(PageIndex(0), shared.region.page_size().pages());
+        let pages = PageRange::new(PageIndex(0), shared.page_size.pages());
         let start = HostAddress(address.0 - address.0 % pages.bytes() as u64);
         let place = Piece { pages, start };
         loop {
@@ -259,7 +260,12 @@ impl FaultThread {
         let stripe = &shared.stripes[self.stripe];
         loop {
             if shared.states.get(unit.start) == PageState::Absent {
-                return Err(PagerError::Unaccounted { page: unit.start });
+                if shared.uncertain.binary_search(&unit.start).is_err() {
+                    return Err(PagerError::Unaccounted { page: unit.start });
+                }
+                if shared.states.claim(unit) == Claim::Granted {
+                    shared.states.arrive(unit, Arrival::Demand);
+                }
             }
             let Some(piece) = stripe.placement().run_at(unit) else {
                 return Ok(());

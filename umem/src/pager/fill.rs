@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::install::Fetched;
 use super::order::Order;
-use super::{Fill, PagerError, Shared};
+use super::shared::Shared;
+use super::{Fill, PagerError};
 use crate::region::PageSize;
 use crate::schedule::Stopped;
 use crate::source::{Class, MAX_REQUEST_RANGES};
@@ -49,7 +50,7 @@ struct Filler<'a> {
 impl Shared {
     /// The fill thread.
     pub(super) fn fill(self: Arc<Self>, fill: &Fill) {
-        let unit = self.region.page_size().pages();
+        let unit = self.page_size.pages();
         let step = FILL_STEP.max(unit);
         let mut filler = Filler {
             shared: &self,
@@ -171,7 +172,7 @@ impl Filler<'_> {
         self.claim(within);
         let mut claimed = 0;
         for run in self.batch.split_off(first) {
-            if self.shared.region.page_size() == PageSize::Huge {
+            if self.shared.page_size == PageSize::Huge {
                 // Installed whole, whatever is in it.
                 claimed += run.count;
                 self.batch.push(run);

@@ -2,8 +2,9 @@
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
+use super::shared::Shared;
 use super::stripe::{Piece, Stripe};
-use super::{INSTALL_STEP, PagerError, Shared};
+use super::{INSTALL_STEP, PagerError};
 use crate::image::is_zero;
 use crate::region::PageSize;
 use crate::source::Content;
@@ -55,7 +56,7 @@ impl Shared {
             let run = self.wanted_run(&fetched, stripe, at);
             let Some(piece) = placement.run_at(run) else {
                 // Removed or unmapped meanwhile.
-                at = at.advance(self.region.page_size().pages());
+                at = at.advance(self.page_size.pages());
                 continue;
             };
             let bytes = fetched.bytes_of(piece.pages);
@@ -80,7 +81,7 @@ impl Shared {
 
     /// The units from `at` on that are still in flight and alike in being zero or not, as many as may be installed at once.
     fn wanted_run(&self, fetched: &Fetched<'_>, stripe: &Stripe, at: PageIndex) -> PageRange {
-        let unit = self.region.page_size().pages();
+        let unit = self.page_size.pages();
         let end = fetched.pages.end().min(stripe.pages.end());
         let mut run = PageRange::new(at, 0);
         let mut zero = None;
@@ -103,14 +104,19 @@ impl Shared {
         piece: Piece,
         bytes: Option<&[u8]>,
     ) -> Result<u64, PagerError> {
-        let unit = self.region.page_size().pages();
+        let unit = self.page_size.pages();
         let pages = piece.pages;
         let Installed { bytes: done, stopped } = self.try_install(stripe, piece, bytes);
         match stopped {
             _ if done > 0 => Ok(done / PAGE_SIZE as u64),
             None => Ok(pages.count),
             Some(InstallError::Changing) => Ok(0),
-            // Pages in flight are installed by who claimed them and by nobody else.
+            // The pager before this one installed it, and was gone before it could say so.
+            Some(InstallError::Exists) if self.uncertain.binary_search(&pages.start).is_ok() => {
+                stripe.wake(piece.addresses());
+                Ok(unit)
+            }
+            // Otherwise pages in flight are installed by who claimed them and by nobody else.
             Some(InstallError::Exists) => {
                 self.duplicate.fetch_add(unit, Relaxed);
                 Err(PagerError::Unaccounted { page: pages.start })
@@ -128,7 +134,7 @@ impl Shared {
 
     /// The system call that the content and the region's page size ask for.
     pub(super) fn try_install(&self, stripe: &Stripe, piece: Piece, bytes: Option<&[u8]>) -> Installed {
-        match (bytes, self.region.page_size()) {
+        match (bytes, self.page_size) {
             (Some(bytes), _) => stripe.uffd.copy(piece.start, bytes),
             (None, PageSize::Small) => stripe.uffd.zero(piece.addresses()),
             // There is no ZEROPAGE for huge pages. A run of them is one unit long (`wanted_run`).

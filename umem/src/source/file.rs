@@ -1,6 +1,7 @@
 //! Pages from an image file.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::{Content, PageSource, SourceError, SourceStats};
@@ -22,7 +23,7 @@ pub enum Checksums {
 /// An image as a source.
 #[derive(Debug)]
 pub struct FileSource {
-    image: Image,
+    image: Arc<Image>,
     checksums: Checksums,
     bytes: AtomicU64,
     requests: AtomicU64,
@@ -30,9 +31,9 @@ pub struct FileSource {
 
 impl FileSource {
     /// The pages of `image`.
-    pub fn new(image: Image, checksums: Checksums) -> Self {
+    pub fn new(image: impl Into<Arc<Image>>, checksums: Checksums) -> Self {
         Self {
-            image,
+            image: image.into(),
             checksums,
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),

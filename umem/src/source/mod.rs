@@ -7,6 +7,8 @@ pub mod zero;
 use std::error::Error;
 use std::sync::Weak;
 
+use serde::{Deserialize, Serialize};
+
 use crate::image::ReadError;
 use crate::units::PageRange;
 
@@ -51,7 +53,7 @@ impl From<ReadError> for SourceError {
 }
 
 /// What a source has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceStats {
     /// Bytes of page content that it gave.
     pub bytes: u64,
