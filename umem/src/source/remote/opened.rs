@@ -32,7 +32,7 @@ pub(super) fn open_channel(
         url: url.to_string(),
         source,
     };
-    let stream = Stream::connect(&url.address)
+    let stream = Stream::connect(&url.address, HELLO_PATIENCE, None)
         .and_then(|stream| {
             stream
                 .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
