@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 use umem::image::Image;
+use umem::link::{Address, Credentials};
 use umem::pager::Fill;
 use umem::region::{Backing, PageSize};
 use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
-use umem::source::remote::{RemoteSource, RemoteUrl};
+use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
 
 use super::error::{CommandError, chain, exit_code};
@@ -27,7 +28,10 @@ use crate::signals;
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
 const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME],source-timeout=30s,\
+                             connections=N,lz4=on|off,tls-dir=DIR,\
                              backing=memfd|anonymous,hugepages=on|off,fill=off|sequential,checksums=on|off";
+const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT), and there is none: a Unix socket is guarded by its \
+                      file's permissions and needs no TLS";
 const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
 
 /// What `umem run` takes.
@@ -232,6 +236,10 @@ struct OpenImage {
 
 /// Opens what `--memory source=` names; `None`: RAM begins as zero.
 fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError> {
+    let remote = |url: &SourceUrl| matches!(url, SourceUrl::Remote(_));
+    if memory.tls_directory.is_some() && !memory.sources.iter().any(remote) {
+        return Err(CommandError::Usage(NO_TCP.into()));
+    }
     match memory.sources.as_slice() {
         [] | [SourceUrl::Zero] => Ok(None),
         [SourceUrl::File(path)] => {
@@ -262,7 +270,8 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
                 .map(RemoteUrl::to_string)
                 .collect::<Vec<_>>()
                 .join(",");
-            let connect = || RemoteSource::connect(&urls, memory.source_timeout.0);
+            let options = memory.remote_options(&urls)?;
+            let connect = || RemoteSource::connect(&urls, options);
             let connected = signals::with_ending_held_back(connect).map_err(EventLoopError::Signals);
             let (source, metadata) = connected.map_err(MachineError::from)??;
             let size = source.pages() * PAGE_SIZE;
@@ -283,6 +292,11 @@ struct MemoryOptions {
     sources: Vec<SourceUrl>,
     /// How long a lost page server is looked for.
     source_timeout: Seconds,
+    /// Connections for what is loaded while nobody waits.
+    connections: usize,
+    lz4: bool,
+    /// The certificates for TLS.
+    tls_directory: Option<PathBuf>,
     backing: Backing,
     page_size: PageSize,
     fill: Fill,
@@ -301,7 +315,10 @@ impl MemoryOptions {
         let mut options = Self {
             size: None,
             sources: Vec::new(),
-            source_timeout: Seconds(Duration::from_secs(30)),
+            source_timeout: Seconds(RemoteOptions::default().timeout),
+            connections: RemoteOptions::default().connections,
+            lz4: RemoteOptions::default().lz4,
+            tls_directory: None,
             backing: Backing::Memfd,
             page_size: PageSize::Small,
             fill: Fill::Off,
@@ -312,6 +329,9 @@ impl MemoryOptions {
             "size",
             "source",
             "source-timeout",
+            "connections",
+            "lz4",
+            "tls-dir",
             "backing",
             "hugepages",
             "fill",
@@ -321,6 +341,16 @@ impl MemoryOptions {
         options.size = given.get("size")?;
         options.sources = given.get_all("source")?;
         options.source_timeout = given.get("source-timeout")?.unwrap_or(options.source_timeout);
+        options.connections = given.get("connections")?.unwrap_or(options.connections);
+        if !(1..=MAX_CONNECTIONS).contains(&options.connections) {
+            return Err(OptionError::Value {
+                key: "connections",
+                value: options.connections.to_string(),
+                reason: format!("expected 1 to {MAX_CONNECTIONS}"),
+            });
+        }
+        options.lz4 = given.choose("lz4", &SWITCH)?.unwrap_or(options.lz4);
+        options.tls_directory = given.get("tls-dir")?;
         let backings = [("memfd", Backing::Memfd), ("anonymous", Backing::Anonymous)];
         options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
         let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);
@@ -330,6 +360,22 @@ impl MemoryOptions {
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
         Ok(options)
+    }
+
+    /// How the page servers at `urls` are used.
+    fn remote_options(&self, urls: &[RemoteUrl]) -> Result<RemoteOptions, CommandError> {
+        let tcp = urls.iter().any(|url| matches!(url.address, Address::Tcp(_)));
+        let credentials = match &self.tls_directory {
+            Some(_) if !tcp => return Err(CommandError::Usage(NO_TCP.into())),
+            Some(directory) => Some(Credentials::load(directory)?),
+            None => None,
+        };
+        Ok(RemoteOptions {
+            timeout: self.source_timeout.0,
+            connections: self.connections,
+            lz4: self.lz4,
+            credentials,
+        })
     }
 }
 
