@@ -270,12 +270,12 @@ fn the_manuals_certificates_are_good() {
     need!(tests::host::succeeds("openssl", &["version"]));
     let manual = include_str!("../../docs/page-service.md");
     let (_, section) = manual.split_once("### Certificates\n").unwrap();
-    let commands: String = section
+    let commands: Vec<&str> = section
         .lines()
         .skip_while(|line| !line.starts_with("    "))
         .take_while(|line| line.starts_with("    "))
-        .map(|line| format!("{}\n", line.trim_start()))
         .collect();
+    let commands = commands.join("\n");
     assert!(commands.contains("openssl"), "{commands}");
     let scratch = Scratch::new();
     let made = Command::new("sh")
