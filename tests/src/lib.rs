@@ -4,6 +4,7 @@
 //! - [`scratch`]: a directory of one test, and the images in it;
 //! - [`vm`]: `umem run` and its report;
 //! - [`server`]: `umem serve`;
+//! - [`certificates`]: a CA, and directories for `--tls-dir`;
 //! - [`errors`]: what every error message must be like;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
@@ -13,6 +14,7 @@
 
 #![allow(clippy::unwrap_used)] // It is used by tests alone, where a panic is how failure is reported.
 
+pub mod certificates;
 pub mod errors;
 pub mod host;
 pub mod program;

@@ -39,7 +39,16 @@ impl Deref for Server {
 impl Server {
     /// Starts one, and waits until it listens.
     pub fn start(listen: &str, images: &[(&str, &Path)]) -> Self {
-        let running = Program::umem(serve_args(listen, images)).start();
+        Self::start_with(listen, images, |program| program)
+    }
+
+    /// The same, with the program changed by `change`.
+    pub fn start_with(
+        listen: &str,
+        images: &[(&str, &Path)],
+        change: impl FnOnce(Program) -> Program,
+    ) -> Self {
+        let running = change(Program::umem(serve_args(listen, images))).start();
         let announced = |running: &Running| {
             let stdout = running.stdout();
             let (line, _) = stdout.split_once('\n')?;

@@ -200,7 +200,7 @@ fn compare(
 
 /// Memory whose faults somebody answers, until it is dropped.
 enum Pages {
-    Umem(Pager),
+    Umem(Pager, Arc<Region>),
     Floor(Floor),
 }
 
@@ -208,14 +208,14 @@ impl Pages {
     fn of_umem(backing: Backing, source: &Arc<dyn PageSource>) -> Self {
         let size = PAGES * PAGE_SIZE as u64;
         let region = Arc::new(Region::new(size, backing, PageSize::Small).expect("memory for the pager"));
-        let pager = Pager::start(region, Arc::clone(source), Fill::Off, |notice| {
+        let pager = Pager::start(Arc::clone(&region), Arc::clone(source), Fill::Off, |notice| {
             if let Notice::Failed(error) = notice {
                 // Whoever touches the page would wait for ever.
                 eprintln!("{error:?}");
                 std::process::exit(1);
             }
         });
-        Self::Umem(pager.expect("a pager"))
+        Self::Umem(pager.expect("a pager"), region)
     }
 
     fn of_floor(backing: Backing) -> Self {
@@ -224,14 +224,14 @@ impl Pages {
 
     fn region(&self) -> &Region {
         match self {
-            Self::Umem(pager) => pager.region(),
+            Self::Umem(_, region) => region,
             Self::Floor(floor) => floor.region(),
         }
     }
 
     /// All that was measured was the fault thread's own answer, or nothing is said of it.
     fn assert_answered_at_once(&self) {
-        if let Self::Umem(pager) = self {
+        if let Self::Umem(pager, _) = self {
             let stats = pager.stats();
             for class in [
                 FaultClass::Zero,

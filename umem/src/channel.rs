@@ -1,5 +1,6 @@
 //! A channel: frames over a connection, in both directions.
 
+use std::collections::VecDeque;
 use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::sync::Arc;
 
@@ -15,6 +16,14 @@ pub enum ChannelError {
     /// Nothing came for as long as a read may wait. The channel is as it was.
     #[error("nothing came for too long")]
     Quiet,
+    /// There is no TLS with the other side.
+    #[error("no TLS with the other side")]
+    Tls(#[source] io::Error),
+    /// The other side speaks TLS, and this one does not.
+    #[error(
+        "the other side speaks TLS, this connection is without: both need certificates (tls-dir), or neither"
+    )]
+    SpeaksTls,
     /// The other side ended the connection.
     #[error("the other side closed the connection")]
     Closed,
@@ -61,18 +70,24 @@ impl Receiver {
     /// Waits for a message, for as long as the connection's time-out for reading says.
     pub fn receive(&mut self) -> Result<Message<'_>, ChannelError> {
         let mut header = [0; HEADER_SIZE];
-        match self.stream.read(&mut header[..1]) {
-            Ok(0) => return Err(ChannelError::Closed),
-            Ok(_) => {}
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                return Err(ChannelError::Quiet);
+        loop {
+            match self.stream.read(&mut header[..1]) {
+                Ok(0) => return Err(ChannelError::Closed),
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    return Err(ChannelError::Quiet);
+                }
+                Err(error) => return Err(ChannelError::Lost(error)),
             }
-            Err(error) => return Err(ChannelError::Lost(error)),
         }
-        self.stream
-            .read_exact(&mut header[1..])
-            .map_err(ChannelError::Lost)?;
-        let header = Header::decode(&header)?;
+        let rest = self.stream.read_exact(&mut header[1..]);
+        let header = match rest {
+            Ok(()) => Header::decode(&header).map_err(|error| wrong_header(&header, error))?,
+            // An alert of TLS is shorter than a header.
+            Err(_) if is_tls(&header) => return Err(ChannelError::SpeaksTls),
+            Err(error) => return Err(ChannelError::Lost(error)),
+        };
         self.incoming.accept(&header)?;
         // No longer than the header's type allows, which `decode` has seen to.
         let length = header.length as usize;
@@ -85,12 +100,35 @@ impl Receiver {
     }
 }
 
-/// What goes out.
+/// Whether what came instead of a frame's header begins like a record of TLS: a handshake or an alert.
+fn is_tls(bytes: &[u8; HEADER_SIZE]) -> bool {
+    matches!(bytes, [0x15 | 0x16, 3, 0..=4, ..])
+}
+
+fn wrong_header(bytes: &[u8; HEADER_SIZE], error: WireError) -> ChannelError {
+    match error {
+        WireError::HeaderChecksum if is_tls(bytes) => ChannelError::SpeaksTls,
+        error => error.into(),
+    }
+}
+
+/// What goes out: either by [`Sender::send`] and [`Sender::send_pages`], which wait, or by [`Sender::post`], which does not.
 #[derive(Debug)]
 pub struct Sender {
     stream: Arc<Stream>,
     outgoing: Outgoing,
     buffer: Vec<u8>,
+    /// What was posted and is not yet out.
+    backlog: VecDeque<u8>,
+}
+
+/// What became of messages that were posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Posted {
+    /// They are out.
+    Out,
+    /// Some are not: [`Sender::push_out`] is to be called again when the connection takes more.
+    Waiting,
 }
 
 impl Sender {
@@ -100,7 +138,33 @@ impl Sender {
             stream,
             outgoing: Outgoing::default(),
             buffer: Vec::new(),
+            backlog: VecDeque::new(),
         }
+    }
+
+    /// Sends a message without waiting for the other side to read it: what the connection does not take now is kept.
+    pub fn post(&mut self, message: &Message<'_>) -> Result<Posted, ChannelError> {
+        self.buffer.clear();
+        self.outgoing.append(message, &mut self.buffer)?;
+        self.backlog.extend(&self.buffer);
+        self.push_out()
+    }
+
+    /// Sends what was posted, as far as that is possible without waiting.
+    pub fn push_out(&mut self) -> Result<Posted, ChannelError> {
+        match self.try_push_out() {
+            Ok(()) => Ok(Posted::Out),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Posted::Waiting),
+            Err(error) => Err(ChannelError::Lost(error)),
+        }
+    }
+
+    fn try_push_out(&mut self) -> io::Result<()> {
+        while !self.backlog.is_empty() {
+            let count = self.stream.try_write(self.backlog.as_slices().0)?;
+            self.backlog.drain(..count);
+        }
+        self.stream.try_flush()
     }
 
     /// Sends a message.

@@ -211,6 +211,12 @@ impl Shared {
                 if let Err(error) = shared.serve_channel(&channel) {
                     match error {
                         ChannelError::Closed => {}
+                        // Most often somebody's certificates are wrong, and what the other side can say of it is less.
+                        error @ ChannelError::Tls(_) => tracing::warn!(
+                            channel = number,
+                            error = &error as &dyn std::error::Error,
+                            "client sent away"
+                        ),
                         error => tracing::info!(
                             channel = number,
                             error = &error as &dyn std::error::Error,
@@ -267,6 +273,7 @@ impl Shared {
     }
 
     fn serve_channel(&self, channel: &Channel) -> Result<(), ChannelError> {
+        channel.stream.handshake(PATIENCE).map_err(ChannelError::Tls)?;
         channel
             .stream
             .set_timeouts(Some(PATIENCE), Some(PATIENCE))

@@ -21,7 +21,7 @@ use umem::units::{PAGE_SIZE, PageIndex};
 use umem::working_set::WorkingSet;
 
 const PAGES: u64 = 3 * 512 + 100;
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 /// A pager behind a socket.
 struct Host {

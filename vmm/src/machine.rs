@@ -173,7 +173,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     let recording = recording.transpose()?;
     clock.lap("memory");
 
-    let memory = GuestMemory::new(region, config.ram, read_only_pages(config)?);
+    let memory = GuestMemory::new(Arc::clone(&region), config.ram, read_only_pages(config)?);
     // SAFETY: nothing that the guest could see goes away while a vCPU may run: at the end of this function all vCPUs are closed,
     // or the memory is never given back. (The pager goes before the VM does, whose end may wait for pages.)
     unsafe { memory.map_into(&vm) }?;
@@ -227,8 +227,8 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         .get()
         .map(|at| milliseconds(at.duration_since(started)));
     report.setup_ms = clock.laps;
-    report.set_pager(&pager, started);
-    report.process = own_memory(config, pager.region(), pager.table_size());
+    report.set_pager(&pager, &region, started);
+    report.process = own_memory(config, &region, pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
 

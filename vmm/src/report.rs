@@ -10,6 +10,7 @@ use serde::Serialize;
 use thiserror::Error;
 use umem::pager::{FaultClass, Pager};
 use umem::publish::{Existing, UnnamedFile};
+use umem::region::Region;
 use umem::stats::Summary;
 
 /// The report of one VM's run.
@@ -124,13 +125,13 @@ pub struct Process {
 
 impl Report {
     /// Takes over what `pager` counted. `started` is when the process began.
-    pub fn set_pager(&mut self, pager: &Pager, started: Instant) {
+    pub fn set_pager(&mut self, pager: &Pager, region: &Region, started: Instant) {
         let stats = pager.stats();
         self.time_to_all_pages_ms = stats
             .all_present_at
             .map(|at| milliseconds(at.duration_since(started)));
         self.pages = Some(Pages {
-            total: pager.region().pages(),
+            total: region.pages(),
             populated_at_start: stats.populated_at_start,
             demand: stats.demand,
             prefetched: stats.prefetched,
@@ -138,7 +139,7 @@ impl Report {
             zero: stats.zero,
             removed: stats.states.removed,
             duplicate: stats.duplicate,
-            resident: pager.region().populated().ok(),
+            resident: region.populated().ok(),
         });
         self.demand_fault_us = Some(stats.faults.into());
         self.fault_classes_us = FaultClass::ALL

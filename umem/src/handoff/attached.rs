@@ -156,9 +156,10 @@ impl PagerAddress {
             pager: self.to_string(),
             source,
         };
-        let stream = match Stream::connect(&Address::Unix(self.path.clone())).map_err(fail)? {
-            Stream::Unix(stream) => stream,
-            _ => return Err(fail(io::ErrorKind::Unsupported.into())),
+        let Stream::Unix(stream) =
+            Stream::connect(&Address::Unix(self.path.clone()), PATIENCE, None).map_err(fail)?
+        else {
+            return Err(fail(io::ErrorKind::Unsupported.into()));
         };
         stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
         stream.set_write_timeout(Some(PATIENCE)).map_err(fail)?;

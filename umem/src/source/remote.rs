@@ -1,36 +1,77 @@
 //! Pages from a page server.
 //!
-//! One channel for demand and one for the fill, each with a thread that receives and hands on what comes, and with a table of
-//! what was asked for and has not come. A connection that is lost is made anew, at the same server or the next one named, and
-//! what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps waiting. Only
-//! when nothing was reached for the whole time-out, and somebody waits, is the source lost.
+//! One channel for demand and one or more for the fill, each with a thread that receives and hands on what comes, and with a
+//! table of what was asked for and has not come. A connection that is lost is made anew, at the same server or the next one
+//! named, and what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps
+//! waiting. Only when no server gave an answer for the whole time-out, and somebody waits, is the source lost.
 
 mod error;
+mod keeper;
 mod lane;
 mod opened;
+#[cfg(test)]
+mod tests;
 mod url;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use self::lane::{Ended, Lane, LaneState, Pending, subtract};
-use self::opened::{Opened, open_channel};
+use self::keeper::Keeper;
+use self::lane::{Lane, Wanted};
+use self::opened::{Opened, Opening};
 use super::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
-use crate::channel::{ChannelError, Receiver};
-use crate::units::{PAGE_SIZE, PageIndex, PageRange};
-use crate::wire::{
-    ChannelKind, FailCode, MAX_BITMAP_PAGES, MAX_PAGES_PER_FRAME, Message, Pages, RequestId, Run, WireError,
-};
+use crate::channel::ChannelError;
+use crate::link::Credentials;
+use crate::units::{PageIndex, PageRange};
+use crate::wire::{ChannelKind, Features, MAX_BITMAP_PAGES, SessionId};
 
 pub use error::RemoteError;
 pub use url::RemoteUrl;
 
-/// The first and the longest pause between attempts to connect.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+/// The most connections for the fill.
+pub const MAX_CONNECTIONS: usize = 16;
+
+/// How long a server may take to answer a hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a server may say nothing while somebody waits, before it is asked for a sign of life.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// However short the time-out is, a server may take this long for everything.
+const LEAST_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How page servers are used.
+#[derive(Clone, Debug)]
+pub struct RemoteOptions {
+    /// How long pages may be waited for without any answer, while servers are looked for.
+    pub timeout: Duration,
+    /// Connections for the fill, 1 to [`MAX_CONNECTIONS`]. Demand has its own.
+    pub connections: usize,
+    /// Whether servers may compress.
+    pub lz4: bool,
+    /// For TLS, which TCP is without if there are none.
+    pub credentials: Option<Credentials>,
+}
+
+impl Default for RemoteOptions {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            connections: 1,
+            lz4: false,
+            credentials: None,
+        }
+    }
+}
+
+impl RemoteOptions {
+    fn features(&self) -> Features {
+        if self.lz4 { Features::LZ4 } else { Features::NONE }
+    }
+}
 
 /// An image on a page server.
 pub struct RemoteSource {
@@ -40,11 +81,19 @@ pub struct RemoteSource {
 struct Shared {
     /// Tried in turn.
     urls: Vec<RemoteUrl>,
+    options: RemoteOptions,
     timeout: Duration,
+    /// How long one server may take to be connected to.
+    patience: Duration,
+    /// How long it may say nothing while somebody waits.
+    silence: Duration,
+    /// At each server, so that it knows which channels are one VM's.
+    sessions: Mutex<Vec<SessionId>>,
     pages: u64,
     /// The image's identity, which every server that is connected to must have.
     digest: Option<[u8; 32]>,
-    lanes: [Lane; 2],
+    /// For demand, and then for the fill.
+    lanes: Vec<Arc<Lane>>,
     sink: OnceLock<Weak<dyn PageSink>>,
     /// Of every [`MAX_BITMAP_PAGES`] pages, once asked for, which hold something.
     data: Vec<OnceLock<Vec<u8>>>,
@@ -54,49 +103,78 @@ struct Shared {
     reconnects: AtomicU64,
 }
 
+/// Why nothing more comes on a connection.
+enum Ended {
+    /// The connection is lost, or no good.
+    Channel(ChannelError),
+    /// The server takes nothing new.
+    Goodbye,
+    /// The server cannot give what it was asked for; another may.
+    Elsewhere(RemoteError),
+    /// The source; no other connection would do better.
+    Source(SourceError),
+}
+
+/// How long one of several servers may take, so that the others are tried too.
+fn patience(timeout: Duration, servers: usize) -> Duration {
+    (timeout / servers.max(1) as u32).clamp(LEAST_PATIENCE, HELLO_PATIENCE)
+}
+
 impl RemoteSource {
     /// Connects to the first of `urls` that answers, and reads the image's metadata. Connections that are lost later are made
-    /// anew for as long as `timeout`.
-    pub fn connect(urls: &[RemoteUrl], timeout: Duration) -> Result<(Self, Vec<u8>), RemoteError> {
+    /// anew.
+    ///
+    /// # Errors
+    /// That of the last server, if none answers as it should; none of them is waited for.
+    pub fn connect(urls: &[RemoteUrl], options: RemoteOptions) -> Result<(Self, Vec<u8>), RemoteError> {
         let mut failure = RemoteError::Closed;
-        for url in urls {
-            match open_channel(url, ChannelKind::Demand, None, None) {
-                Ok(mut opened) => {
-                    let metadata = opened.read_metadata(url)?;
-                    let (pages, digest) = (opened.pages, opened.digest);
-                    let source = Self::start(urls, timeout, pages, digest, opened);
+        for (server, url) in urls.iter().enumerate() {
+            let opening = Opening {
+                url,
+                channel: ChannelKind::Demand,
+                digest: None,
+                pages: None,
+                session: SessionId::NEW,
+                features: options.features(),
+                credentials: options.credentials.as_ref(),
+                patience: patience(options.timeout, urls.len()),
+            };
+            match opening.open_with_metadata() {
+                Ok((opened, metadata)) => {
+                    let source = Self::start(urls, options, server, opened);
                     return Ok((source, metadata));
                 }
-                Err(error) => failure = error,
+                Err(error) => {
+                    tracing::info!(
+                        error = &error as &dyn std::error::Error,
+                        "trying the next page server"
+                    );
+                    failure = error;
+                }
             }
         }
         Err(failure)
     }
 
-    fn start(
-        urls: &[RemoteUrl],
-        timeout: Duration,
-        pages: u64,
-        digest: Option<[u8; 32]>,
-        demand: Opened,
-    ) -> Self {
-        let lane = |kind| Lane {
-            kind,
-            state: Mutex::new(LaneState {
-                sender: None,
-                stream: None,
-                next: 1,
-                pending: HashMap::new(),
-                closed: false,
-            }),
-            changed: Condvar::new(),
-        };
+    fn start(urls: &[RemoteUrl], options: RemoteOptions, server: usize, demand: Opened) -> Self {
+        let (pages, digest) = (demand.pages, demand.digest);
+        let fill = options.connections.clamp(1, MAX_CONNECTIONS);
+        let kinds = [ChannelKind::Demand]
+            .into_iter()
+            .chain(vec![ChannelKind::Background; fill]);
+        let mut sessions = vec![SessionId::NEW; urls.len()];
+        sessions[server] = demand.session;
         let shared = Arc::new(Shared {
             urls: urls.to_vec(),
-            timeout,
+            timeout: options.timeout,
+            patience: patience(options.timeout, urls.len()),
+            // A quarter: nothing, then nothing after being asked for a sign, and there is time left to look elsewhere.
+            silence: (options.timeout / 4).clamp(LEAST_PATIENCE, SILENCE),
+            sessions: Mutex::new(sessions),
+            options,
             pages,
             digest,
-            lanes: [lane(ChannelKind::Demand), lane(ChannelKind::Background)],
+            lanes: kinds.map(|kind| Arc::new(Lane::new(kind))).collect(),
             sink: OnceLock::new(),
             data: (0..pages.div_ceil(MAX_BITMAP_PAGES))
                 .map(|_| OnceLock::new())
@@ -106,12 +184,13 @@ impl RemoteSource {
             requests: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
         });
-        for (index, first) in [Some(demand), None].into_iter().enumerate() {
-            let shared = Arc::clone(&shared);
-            let name = format!("umem-remote-{index}");
+        let mut first = Some((server, demand));
+        for (index, lane) in shared.lanes.iter().enumerate() {
+            let keeper = Keeper::new(Arc::clone(&shared), Arc::clone(lane));
+            let first = first.take();
             let spawned = thread::Builder::new()
-                .name(name)
-                .spawn(move || shared.keep_lane(index, first));
+                .name(format!("umem-remote-{index}"))
+                .spawn(move || keeper.run(first));
             if let Err(error) = spawned {
                 tracing::error!(%error, "no thread for a page server's channel");
             }
@@ -148,15 +227,12 @@ impl PageSource for RemoteSource {
 
     fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
         let (answer, answered) = sync_channel(1);
-        let left = vec![pages];
-        let content = vec![0; pages.bytes()];
-        let pending = Pending::Read {
+        let wanted = Wanted::Read {
             pages,
-            left,
-            buffer: content,
+            buffer: vec![0; pages.bytes()],
             answer,
         };
-        self.shared.lane(Class::Background).ask(pending);
+        self.shared.lane(Class::Background).ask(vec![pages], wanted);
         let content = answered
             .recv()
             .unwrap_or_else(|_| Err(SourceError::Lost(RemoteError::Closed.into())))?;
@@ -194,10 +270,7 @@ impl PageSource for RemoteSource {
     }
 
     fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
-        self.shared.lane(class).ask(Pending::Pages {
-            left: ranges.to_vec(),
-            class,
-        });
+        self.shared.lane(class).ask(ranges.to_vec(), Wanted::Pages(class));
         true
     }
 
@@ -219,11 +292,13 @@ impl PageSource for RemoteSource {
 }
 
 impl Shared {
-    fn lane(&self, class: Class) -> &Lane {
-        &self.lanes[match class {
-            Class::Demand => 0,
-            Class::Background => 1,
-        }]
+    /// Where something of a class is best asked for.
+    fn lane(&self, class: Class) -> &Arc<Lane> {
+        let fill = self.lanes[1..].iter().min_by_key(|lane| lane.load());
+        match (class, fill) {
+            (Class::Background, Some(lane)) => lane,
+            _ => &self.lanes[0],
+        }
     }
 
     fn is_known_zero(&self, page: PageIndex) -> bool {
@@ -238,12 +313,12 @@ impl Shared {
         if known.get().is_none() {
             let (answer, answered) = sync_channel(1);
             let bits = vec![0; range.count.div_ceil(8) as usize];
-            self.lane(Class::Background).ask(Pending::Bitmap {
+            let wanted = Wanted::Bitmap {
                 chunk: range,
-                left: vec![range],
                 bits,
                 answer,
-            });
+            };
+            self.lane(Class::Background).ask(vec![range], wanted);
             let bits = answered
                 .recv()
                 .unwrap_or_else(|_| Err(SourceError::Lost(RemoteError::Closed.into())))?;
@@ -255,241 +330,11 @@ impl Shared {
             .ok_or_else(|| SourceError::Lost(RemoteError::Closed.into()))
     }
 
-    /// A lane's thread: receives, and connects anew what is lost.
-    fn keep_lane(self: Arc<Self>, index: usize, mut opened: Option<Opened>) {
-        let lane = &self.lanes[index];
-        // A page that did not match its checksum; the second time it is the server's fault and not the wire's.
-        let mut suspect = None;
-        loop {
-            let (url, channel) = match opened.take() {
-                Some(channel) => (self.urls[0].clone(), channel),
-                None => match self.reconnect(lane) {
-                    Some(connected) => connected,
-                    None => return,
-                },
-            };
-            let Opened {
-                sender,
-                mut receiver,
-                stream,
-                ..
-            } = channel;
-            if let Err(error) = lane.resume(sender, &stream) {
-                tracing::debug!(%error, %url, "cannot ask again");
-                let _ = stream.shutdown();
-            }
-            let ended = self.receive(lane, &url, &mut receiver, &mut suspect);
-            let mut state = lane.lock();
-            (state.sender, state.stream) = (None, None);
-            drop(state);
-            if self.closing.load(Relaxed) {
-                return;
-            }
-            match ended {
-                Ended::Channel(error) => {
-                    tracing::warn!(%url, channel = %lane.kind, error = &error as &dyn std::error::Error, "page server lost, connecting anew");
-                    self.reconnects.fetch_add(1, Relaxed);
-                }
-                Ended::Source(error) => {
-                    self.give_up(lane, error);
-                    return;
-                }
-            }
-        }
+    fn remember_session(&self, server: usize, session: SessionId) {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)[server] = session;
     }
 
-    /// Connects, trying all servers in turn. `None`: this side is ending, or it was in vain for the whole time-out and somebody
-    /// waits, who was told.
-    fn reconnect(&self, lane: &Lane) -> Option<(RemoteUrl, Opened)> {
-        let since = Instant::now();
-        let mut pause = BACKOFF.0;
-        loop {
-            let mut failure = None;
-            for url in &self.urls {
-                if self.closing.load(Relaxed) {
-                    return None;
-                }
-                match open_channel(url, lane.kind, self.digest, Some(self.pages)) {
-                    Ok(opened) => return Some((url.clone(), opened)),
-                    Err(error) => failure = Some((url, error)),
-                }
-            }
-            if since.elapsed() >= self.timeout
-                && !lane.lock().pending.is_empty()
-                && let Some((url, error)) = failure
-            {
-                let (seconds, url) = (self.timeout.as_secs(), url.to_string());
-                let error = RemoteError::TimedOut {
-                    seconds,
-                    url,
-                    source: Box::new(error),
-                };
-                self.give_up(lane, SourceError::Lost(error.into()));
-                return None;
-            }
-            let state = lane.lock();
-            if !self.closing.load(Relaxed) {
-                drop(
-                    lane.changed
-                        .wait_timeout(state, pause)
-                        .unwrap_or_else(PoisonError::into_inner),
-                );
-            }
-            pause = (pause * 2).min(BACKOFF.1);
-        }
-    }
-
-    /// Tells all who wait that nothing will come.
-    fn give_up(&self, lane: &Lane, error: SourceError) {
-        // Whoever waits in `read` or `next_data` learns it by that.
-        lane.close();
-        if let Some(sink) = self.sink() {
-            sink.failed(error);
-        }
-    }
-
-    fn sink(&self) -> Option<Arc<dyn PageSink>> {
-        self.sink.get().and_then(Weak::upgrade)
-    }
-
-    /// Hands on what comes until the connection ends.
-    fn receive(
-        &self,
-        lane: &Lane,
-        url: &RemoteUrl,
-        receiver: &mut Receiver,
-        suspect: &mut Option<PageIndex>,
-    ) -> Ended {
-        let mut unpacked = vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE];
-        let mut asked_for_a_sign = false;
-        loop {
-            let message = match receiver.receive() {
-                Ok(message) => message,
-                // A link that is dead says nothing, and so does a server with nothing to say: it is asked.
-                Err(ChannelError::Quiet) if !asked_for_a_sign => {
-                    asked_for_a_sign = true;
-                    match lane.ping() {
-                        Ok(()) => continue,
-                        Err(ended) => return ended,
-                    }
-                }
-                Err(error) => return Ended::Channel(error),
-            };
-            asked_for_a_sign = false;
-            let result = match message {
-                Message::Pages(pages) => self.take_pages(lane, url, &pages, &mut unpacked, suspect),
-                Message::Zero(zero) => self.take(lane, zero.request, zero.range, Content::Zero, &[]),
-                Message::Bitmap(bitmap) => lane.take_bitmap(bitmap.request, bitmap.range, bitmap.bits),
-                Message::Failed(failed) => {
-                    let (pages, code, text) = (failed.range, failed.code, failed.text.to_owned());
-                    let error = RemoteError::Failed {
-                        url: url.to_string(),
-                        pages,
-                        code,
-                        text,
-                    }
-                    .into();
-                    Err(Ended::Source(match code {
-                        FailCode::Corrupt => SourceError::Corrupt(error),
-                        _ => SourceError::Lost(error),
-                    }))
-                }
-                Message::Ping { token } => lane.pong(token),
-                Message::Goodbye(_) => Err(Ended::Channel(ChannelError::Closed)),
-                // Hints, and answers to what this side never asks.
-                _ => Ok(()),
-            };
-            if let Err(ended) = result {
-                return ended;
-            }
-        }
-    }
-
-    fn take_pages(
-        &self,
-        lane: &Lane,
-        url: &RemoteUrl,
-        pages: &Pages<'_>,
-        buffer: &mut [u8],
-        suspect: &mut Option<PageIndex>,
-    ) -> Result<(), Ended> {
-        let unpacked = pages
-            .unpack(buffer)
-            .map_err(|error| Ended::Channel(error.into()))?;
-        match unpacked.verify() {
-            Ok(()) => {}
-            Err(WireError::PageChecksum { page }) if *suspect == Some(page) => {
-                let error = RemoteError::Corrupt {
-                    url: url.to_string(),
-                    page,
-                };
-                return Err(Ended::Source(SourceError::Corrupt(error.into())));
-            }
-            Err(error) => {
-                if let WireError::PageChecksum { page } = error {
-                    *suspect = Some(page);
-                }
-                return Err(Ended::Channel(error.into()));
-            }
-        }
-        for run in unpacked.runs() {
-            match run {
-                Run::Zero(range) => self.take(lane, pages.request, range, Content::Zero, &[])?,
-                Run::Data(range, data) => {
-                    self.bytes.fetch_add(data.len() as u64, Relaxed);
-                    self.take(lane, pages.request, range, Content::Data, data)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes pages that were asked for, and only those.
-    fn take(
-        &self,
-        lane: &Lane,
-        request: RequestId,
-        range: PageRange,
-        content: Content,
-        data: &[u8],
-    ) -> Result<(), Ended> {
-        let not_asked = || Ended::Channel(ChannelError::Unasked { pages: range });
-        let mut state = lane.lock();
-        let pending = state.pending.get_mut(&request).ok_or_else(not_asked)?;
-        let left = pending.left().ok_or_else(not_asked)?;
-        if !subtract(left, range) {
-            return Err(not_asked());
-        }
-        let complete = left.is_empty();
-        let class = match pending {
-            Pending::Pages { class, .. } => Some(*class),
-            Pending::Read { pages, buffer, .. } => {
-                let offset = (range.start.0 - pages.start.0) as usize * PAGE_SIZE;
-                if content == Content::Data {
-                    buffer[offset..offset + data.len()].copy_from_slice(data);
-                }
-                None
-            }
-            Pending::Bitmap { .. } => None,
-        };
-        let finished = if complete {
-            state.pending.remove(&request)
-        } else {
-            None
-        };
-        drop(state);
-        if let (Some(class), Some(sink)) = (class, self.sink()) {
-            sink.arrived(range, content, data, class);
-            if complete {
-                sink.completed(class);
-            }
-        }
-        if complete {
-            self.requests.fetch_add(1, Relaxed);
-        }
-        if let Some(Pending::Read { buffer, answer, .. }) = finished {
-            let _ = answer.try_send(Ok(buffer));
-        }
-        Ok(())
+    fn session(&self, server: usize) -> SessionId {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)[server]
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use thiserror::Error;
 use umem::image::{self, WriteError};
-use umem::link::ListenError;
+use umem::link::{CredentialsError, ListenError};
 use umem::pager::{PagerError, StartError};
 use umem::region::RegionError;
 use umem::source::SourceError;
@@ -56,6 +56,9 @@ pub(super) enum CommandError {
     /// No page server, or none that has the image.
     #[error("cannot load guest memory from a page server")]
     Remote(#[from] RemoteError),
+    /// No TLS without certificates.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
     /// Nobody can be served.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -138,6 +141,7 @@ impl CommandError {
             | Self::Usage(_)
             | Self::NoReport(_)
             | Self::Listen(_)
+            | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })
             | Self::LogFile { .. }
             | Self::Layout(_)

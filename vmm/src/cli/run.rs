@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 use umem::image::Image;
+use umem::link::{Address, Credentials};
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
 use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
-use umem::source::remote::{RemoteSource, RemoteUrl};
+use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
 
 use super::error::{CommandError, chain, exit_code};
@@ -28,8 +29,11 @@ use crate::working_set::{self, Recording};
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
 const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME],source-timeout=30s,\
+                             connections=N,lz4=on|off,tls-dir=DIR,\
                              backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
                              stripes=N,checksums=on|off";
+const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT), and there is none: a Unix socket is guarded by its \
+                      file's permissions and needs no TLS";
 /// More userfaultfds would serve nobody: one is enough for many vCPUs.
 const MAX_STRIPES: usize = 64;
 
@@ -264,6 +268,10 @@ struct OpenImage {
 
 /// Opens what `--memory source=` names; `None`: RAM begins as zero.
 fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError> {
+    let remote = |url: &SourceUrl| matches!(url, SourceUrl::Remote(_));
+    if memory.tls_directory.is_some() && !memory.sources.iter().any(remote) {
+        return Err(CommandError::Usage(NO_TCP.into()));
+    }
     match memory.sources.as_slice() {
         [] | [SourceUrl::Zero] => Ok(None),
         [SourceUrl::File(path)] => {
@@ -294,7 +302,8 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
                 .map(RemoteUrl::to_string)
                 .collect::<Vec<_>>()
                 .join(",");
-            let connect = || RemoteSource::connect(&urls, memory.source_timeout.0);
+            let options = memory.remote_options(&urls)?;
+            let connect = || RemoteSource::connect(&urls, options);
             let connected = signals::with_ending_held_back(connect).map_err(EventLoopError::Signals);
             let (source, metadata) = connected.map_err(MachineError::from)??;
             let size = source.pages() * PAGE_SIZE;
@@ -315,6 +324,11 @@ struct MemoryOptions {
     sources: Vec<SourceUrl>,
     /// How long a lost page server is looked for.
     source_timeout: Seconds,
+    /// Connections for what is loaded while nobody waits.
+    connections: usize,
+    lz4: bool,
+    /// The certificates for TLS.
+    tls_directory: Option<PathBuf>,
     backing: Backing,
     page_size: PageSize,
     fill: FillPolicy,
@@ -345,7 +359,10 @@ impl MemoryOptions {
         let mut options = Self {
             size: None,
             sources: Vec::new(),
-            source_timeout: Seconds(Duration::from_secs(30)),
+            source_timeout: Seconds(RemoteOptions::default().timeout),
+            connections: RemoteOptions::default().connections,
+            lz4: RemoteOptions::default().lz4,
+            tls_directory: None,
             backing: Backing::Memfd,
             page_size: PageSize::Small,
             fill: FillPolicy::Off,
@@ -358,6 +375,9 @@ impl MemoryOptions {
             "size",
             "source",
             "source-timeout",
+            "connections",
+            "lz4",
+            "tls-dir",
             "backing",
             "hugepages",
             "fill",
@@ -369,6 +389,10 @@ impl MemoryOptions {
         options.size = given.get("size")?;
         options.sources = given.get_all("source")?;
         options.source_timeout = given.get("source-timeout")?.unwrap_or(options.source_timeout);
+        let connections = given.get_in("connections", 1..=MAX_CONNECTIONS)?;
+        options.connections = connections.unwrap_or(options.connections);
+        options.lz4 = given.choose("lz4", &SWITCH)?.unwrap_or(options.lz4);
+        options.tls_directory = given.get("tls-dir")?;
         let backings = [("memfd", Backing::Memfd), ("anonymous", Backing::Anonymous)];
         options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
         let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);
@@ -388,6 +412,22 @@ impl MemoryOptions {
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
         Ok(options)
+    }
+
+    /// How the page servers at `urls` are used.
+    fn remote_options(&self, urls: &[RemoteUrl]) -> Result<RemoteOptions, CommandError> {
+        let tcp = urls.iter().any(|url| matches!(url.address, Address::Tcp(_)));
+        let credentials = match &self.tls_directory {
+            Some(_) if !tcp => return Err(CommandError::Usage(NO_TCP.into())),
+            Some(directory) => Some(Credentials::load(directory)?),
+            None => None,
+        };
+        Ok(RemoteOptions {
+            timeout: self.source_timeout.0,
+            connections: self.connections,
+            lz4: self.lz4,
+            credentials,
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use std::thread;
 
 use clap::Args;
 use umem::image::Image;
-use umem::link::{Address, Listener};
+use umem::link::{Address, Credentials, Listener};
 use umem::server::Server;
 
 use super::error::CommandError;
@@ -23,6 +23,9 @@ pub(super) struct ServeOptions {
     /// An image and the name that it is asked for by; may be given several times
     #[arg(long = "image", value_name = "NAME=FILE", required = true)]
     images: Vec<NamedImage>,
+    /// TLS 1.3 over TCP, with ca.pem, cert.pem and key.pem in DIR: only who has a certificate of that CA is served
+    #[arg(long, value_name = "DIR", conflicts_with = "allow_plaintext")]
+    tls_dir: Option<PathBuf>,
     /// Let TCP be reached from other hosts, unencrypted and by anybody
     #[arg(long)]
     allow_plaintext: bool,
@@ -60,19 +63,25 @@ pub(super) fn run(options: &ServeOptions) -> Result<(), CommandError> {
             return Err(CommandError::Usage(format!("two images are named '{name}'")));
         }
     }
-    if let Address::Tcp(host_and_port) = &options.listen
-        && !options.allow_plaintext
-        && !is_loopback(host_and_port)
-    {
-        return Err(CommandError::Usage(format!(
-            "{} can be reached from other hosts, and whoever reaches it can read the images: listen on 127.0.0.1 or [::1], \
-             or say --allow-plaintext",
-            options.listen
-        )));
-    }
+    let credentials = match (&options.listen, &options.tls_dir) {
+        (Address::Unix(_), Some(_)) => {
+            return Err(CommandError::Usage(format!(
+                "--tls-dir is for TCP, and {} is a Unix socket, which is guarded by its file's permissions and needs no TLS",
+                options.listen
+            )));
+        }
+        (Address::Tcp(host_and_port), None) if !options.allow_plaintext && !is_loopback(host_and_port) => {
+            return Err(CommandError::Usage(format!(
+                "{} can be reached from other hosts, and whoever reaches it can read the images: listen on 127.0.0.1 or \
+                 [::1], use --tls-dir, or say --allow-plaintext",
+                options.listen
+            )));
+        }
+        (_, directory) => directory.as_deref().map(Credentials::load).transpose()?,
+    };
     // Before any thread is started, so that all of them leave the signals to the one that waits for them.
     signals::block(&[libc::SIGINT, libc::SIGTERM]).map_err(|error| CommandError::Serve(error.into()))?;
-    let listener = Listener::bind(&options.listen)?;
+    let listener = Listener::bind_with(&options.listen, credentials)?;
     let server = Server::new(images).map_err(CommandError::Serve)?;
     let stopper = server.stopper();
     thread::spawn(move || {

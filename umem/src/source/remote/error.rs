@@ -1,6 +1,7 @@
 //! What can go wrong with a page server.
 
 use std::io;
+use std::time::Duration;
 
 use crate::channel::ChannelError;
 use crate::units::{PageIndex, PageRange};
@@ -55,11 +56,11 @@ pub enum RemoteError {
         /// The page.
         page: PageIndex,
     },
-    /// It was not reached again in time.
-    #[error("no page server was reached for {seconds} s, last tried {url}")]
+    /// It was not reached again in time, or was and gave nothing.
+    #[error("no page server was reached and gave an answer for {after:?}, last tried {url}")]
     TimedOut {
         /// How long it was tried.
-        seconds: u64,
+        after: Duration,
         /// The last that was tried.
         url: String,
         /// Why it was not reached.

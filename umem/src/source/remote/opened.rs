@@ -1,17 +1,30 @@
 //! Opening a channel to a page server.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{RemoteError, RemoteUrl};
 use crate::channel::{ChannelError, Receiver, Sender};
-use crate::link::Stream;
+use crate::link::{Credentials, Stream};
 use crate::wire::{
-    ChannelKind, Epoch, Features, Hello, Incoming, Message, RequestId, Role, SessionId, VERSION,
+    ChannelKind, Epoch, Features, Hello, Incoming, Message, RefuseCode, RequestId, Role, SessionId, VERSION,
 };
 
-/// How long a server may take to answer a hello.
-const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+/// A channel that is to be opened.
+#[derive(Clone, Copy)]
+pub(super) struct Opening<'a> {
+    pub(super) url: &'a RemoteUrl,
+    pub(super) channel: ChannelKind,
+    /// What the image must be, once that is known.
+    pub(super) digest: Option<[u8; 32]>,
+    pub(super) pages: Option<u64>,
+    pub(super) session: SessionId,
+    pub(super) features: Features,
+    pub(super) credentials: Option<&'a Credentials>,
+    /// How long the server may take for each of: the connection, TLS, and its answer to the hello.
+    pub(super) patience: Duration,
+}
 
 /// A new channel, before anything was asked on it.
 pub(super) struct Opened {
@@ -20,98 +33,125 @@ pub(super) struct Opened {
     pub(super) stream: Arc<Stream>,
     pub(super) pages: u64,
     pub(super) digest: Option<[u8; 32]>,
+    pub(super) session: SessionId,
+    /// How often each side says something; `None`: when it has to.
+    pub(super) keep_alive: Option<Duration>,
 }
 
-pub(super) fn open_channel(
-    url: &RemoteUrl,
-    channel: ChannelKind,
-    digest: Option<[u8; 32]>,
-    pages: Option<u64>,
-) -> Result<Opened, RemoteError> {
-    let failed = |source: ChannelError| RemoteError::Channel {
-        url: url.to_string(),
-        source,
-    };
-    let stream = Stream::connect(&url.address)
-        .and_then(|stream| {
-            stream
-                .set_timeouts(Some(HELLO_PATIENCE), Some(HELLO_PATIENCE))
-                .map(|()| stream)
-        })
-        .map_err(|source| RemoteError::Connect {
-            url: url.to_string(),
+impl Opening<'_> {
+    fn failed(&self, source: ChannelError) -> RemoteError {
+        RemoteError::Channel {
+            url: self.url.to_string(),
+            source,
+        }
+    }
+
+    /// Opens the channel. The session is a new one if the server does not know it any more: an image does not change.
+    pub(super) fn open(self) -> Result<Opened, RemoteError> {
+        match self.try_open() {
+            Err(RemoteError::Refused {
+                code: RefuseCode::UnknownSession,
+                ..
+            }) if self.session != SessionId::NEW => Self {
+                session: SessionId::NEW,
+                ..self
+            }
+            .try_open(),
+            result => result,
+        }
+    }
+
+    fn try_open(&self) -> Result<Opened, RemoteError> {
+        let stream = self.connect().map_err(|source| RemoteError::Connect {
+            url: self.url.to_string(),
             source,
         })?;
-    let stream = Arc::new(stream);
-    let mut sender = Sender::new(Arc::clone(&stream));
-    let mut receiver = Receiver::new(Arc::clone(&stream), Incoming::connector());
-    let hello = Hello {
-        version: VERSION,
-        features: Features::NONE,
-        pages,
-        epoch: Epoch(0),
-        keep_alive_ms: 0,
-        channel,
-        role: Role::Fetcher,
-        session: SessionId::NEW,
-        digest,
-        image: &url.image,
-    };
-    sender.send(&Message::Hello(hello)).map_err(failed)?;
-    let welcome = match receiver.receive().map_err(failed)? {
-        Message::Welcome(welcome) => welcome,
-        Message::Refused(refused) => {
-            let (code, text) = (refused.code, refused.text.to_owned());
-            return Err(RemoteError::Refused {
-                url: url.to_string(),
-                code,
-                text,
-            });
-        }
-        // `Incoming` lets nothing else through.
-        _ => return Err(failed(ChannelError::Closed)),
-    };
-    welcome.check(&hello).map_err(|error| failed(error.into()))?;
-    receiver.incoming.open(channel, Role::Provider, welcome.features);
-    let keep_alive = match welcome.keep_alive_ms {
-        0 => None,
-        milliseconds => Some(Duration::from_millis(milliseconds.into())),
-    };
-    stream
-        .set_timeouts(keep_alive, Some(HELLO_PATIENCE))
-        .map_err(|error| failed(ChannelError::Lost(error)))?;
-    Ok(Opened {
-        sender,
-        receiver,
-        stream,
-        pages: welcome.pages,
-        digest: welcome.digest,
-    })
-}
-
-impl Opened {
-    pub(super) fn read_metadata(&mut self, url: &RemoteUrl) -> Result<Vec<u8>, RemoteError> {
-        let failed = |source: ChannelError| RemoteError::Channel {
-            url: url.to_string(),
-            source,
+        let stream = Arc::new(stream);
+        let mut sender = Sender::new(Arc::clone(&stream));
+        let mut receiver = Receiver::new(Arc::clone(&stream), Incoming::connector());
+        let hello = Hello {
+            version: VERSION,
+            features: self.features,
+            pages: self.pages,
+            epoch: Epoch(0),
+            keep_alive_ms: 0,
+            channel: self.channel,
+            role: Role::Fetcher,
+            session: self.session,
+            digest: self.digest,
+            image: &self.url.image,
         };
-        let request = RequestId(u64::MAX);
-        self.sender
-            .send(&Message::MetadataRequest { request })
-            .map_err(failed)?;
-        let metadata = match self.receiver.receive().map_err(failed)? {
-            Message::Metadata { bytes, .. } => bytes.to_vec(),
-            Message::Failed(answer) => {
-                let (pages, code, text) = (answer.range, answer.code, answer.text.to_owned());
-                return Err(RemoteError::Failed {
-                    url: url.to_string(),
-                    pages,
+        let sent = sender.send(&Message::Hello(hello));
+        let welcome = match (receiver.receive(), sent) {
+            (Ok(Message::Welcome(welcome)), _) => welcome,
+            (Ok(Message::Refused(refused)), _) => {
+                let (code, text) = (refused.code, refused.text.to_owned());
+                return Err(RemoteError::Refused {
+                    url: self.url.to_string(),
                     code,
                     text,
                 });
             }
-            _ => return Err(failed(ChannelError::Closed)),
+            // A server that closed has most often said why before, which says more than that nothing can be sent.
+            (Err(ChannelError::Closed), Err(error)) | (Err(error), _) => return Err(self.failed(error)),
+            // `Incoming` lets nothing else through.
+            (Ok(_), _) => return Err(self.failed(ChannelError::Closed)),
         };
-        Ok(metadata)
+        welcome.check(&hello).map_err(|error| self.failed(error.into()))?;
+        receiver
+            .incoming
+            .open(self.channel, Role::Provider, welcome.features);
+        let keep_alive = match welcome.keep_alive_ms {
+            0 => None,
+            milliseconds => Some(Duration::from_millis(milliseconds.into())),
+        };
+        Ok(Opened {
+            sender,
+            receiver,
+            stream,
+            pages: welcome.pages,
+            digest: welcome.digest,
+            session: welcome.session,
+            keep_alive,
+        })
+    }
+
+    fn connect(&self) -> io::Result<Stream> {
+        let stream = Stream::connect(&self.url.address, self.patience, self.credentials)?;
+        stream.set_timeouts(Some(self.patience), Some(self.patience))?;
+        Ok(stream)
+    }
+
+    /// Opens the channel and reads the image's metadata.
+    pub(super) fn open_with_metadata(self) -> Result<(Opened, Vec<u8>), RemoteError> {
+        let mut opened = self.open()?;
+        let metadata = self.read_metadata(&mut opened)?;
+        Ok((opened, metadata))
+    }
+
+    fn read_metadata(&self, opened: &mut Opened) -> Result<Vec<u8>, RemoteError> {
+        let request = RequestId(u64::MAX);
+        let Opened { sender, receiver, .. } = opened;
+        let ask = Message::MetadataRequest { request };
+        sender.send(&ask).map_err(|error| self.failed(error))?;
+        loop {
+            match receiver.receive().map_err(|error| self.failed(error))? {
+                Message::Metadata { bytes, .. } => return Ok(bytes.to_vec()),
+                Message::Failed(answer) => {
+                    let (pages, code, text) = (answer.range, answer.code, answer.text.to_owned());
+                    return Err(RemoteError::Failed {
+                        url: self.url.to_string(),
+                        pages,
+                        code,
+                        text,
+                    });
+                }
+                Message::Ping { token } => {
+                    let pong = Message::Pong { token };
+                    sender.send(&pong).map_err(|error| self.failed(error))?;
+                }
+                _ => return Err(self.failed(ChannelError::Closed)),
+            }
+        }
     }
 }

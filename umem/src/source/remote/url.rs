@@ -6,6 +6,9 @@ use std::str::FromStr;
 use crate::link::{Address, AddressError};
 
 /// A page server and an image on it: `tcp:HOST:PORT`, `tcp:HOST:PORT/NAME`, `unix:PATH`, `unix:PATH#NAME`.
+///
+/// What is behind the last `#` is the name, so that a path may have that character: one that does is written with a `#` at its
+/// end where no name is wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteUrl {
     /// Where the server is.
@@ -18,8 +21,12 @@ impl FromStr for RemoteUrl {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let separator = if text.starts_with("unix:") { '#' } else { '/' };
-        let (address, image) = text.split_once(separator).unwrap_or((text, ""));
+        let parts = if text.starts_with("unix:") {
+            text.rsplit_once('#')
+        } else {
+            text.split_once('/')
+        };
+        let (address, image) = parts.unwrap_or((text, ""));
         Ok(Self {
             address: address.parse()?,
             image: image.to_owned(),
@@ -29,13 +36,12 @@ impl FromStr for RemoteUrl {
 
 impl fmt::Display for RemoteUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let separator = if matches!(self.address, Address::Unix(_)) {
-            '#'
-        } else {
-            '/'
-        };
         write!(f, "{}", self.address)?;
-        if self.image.is_empty() {
+        let (separator, ambiguous) = match &self.address {
+            Address::Unix(path) => ('#', path.as_os_str().as_encoded_bytes().contains(&b'#')),
+            Address::Tcp(_) => ('/', false),
+        };
+        if self.image.is_empty() && !ambiguous {
             Ok(())
         } else {
             write!(f, "{separator}{}", self.image)
@@ -54,11 +60,15 @@ mod tests {
             ("tcp:[::1]:80/base", "base"),
             ("unix:/run/umem", ""),
             ("unix:/run/umem#base", "base"),
+            ("unix:/run/#1/umem#base", "base"),
+            ("unix:/run/#1/umem#", ""),
         ] {
             let url: RemoteUrl = text.parse().unwrap();
             assert_eq!(url.image, image);
             assert_eq!(url.to_string(), text);
         }
+        let url: RemoteUrl = "unix:/run/#1/umem#".parse().unwrap();
+        assert_eq!(url.address, Address::Unix("/run/#1/umem".into()));
         assert!("tcp:host/base".parse::<RemoteUrl>().is_err());
     }
 }
