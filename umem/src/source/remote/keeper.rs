@@ -13,7 +13,9 @@ use crate::channel::{ChannelError, Receiver, Sender};
 use crate::link::Stream;
 use crate::source::{Content, PageSink, SourceError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
-use crate::wire::{FailCode, Failed, MAX_PAGES_PER_FRAME, Message, Pages, RequestId, Run, WireError};
+use crate::wire::{
+    ChannelKind, FailCode, Failed, MAX_PAGES_PER_FRAME, Message, Pages, RequestId, Run, WireError,
+};
 
 /// The first and the longest pause between attempts to connect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
@@ -266,6 +268,8 @@ impl Shared {
         let kept = Arc::clone(&lane);
         let drain = move || {
             while lane.awaits(generation) {
+                // What did not go out before is this thread's to send now.
+                let _ = sender.push_out();
                 match shared.receive(&lane, &mut link, Some(&mut sender)) {
                     Ok(()) => {}
                     Err(Ended::Source(error)) => {
@@ -455,7 +459,7 @@ fn finish(complete: Option<Wanted>) {
 
 impl Shared {
     /// How a channel to a server is opened.
-    fn opening(&self, server: usize, channel: crate::wire::ChannelKind) -> Opening<'_> {
+    fn opening(&self, server: usize, channel: ChannelKind) -> Opening<'_> {
         Opening {
             url: &self.urls[server],
             channel,
