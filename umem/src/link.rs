@@ -1,7 +1,7 @@
 //! Connections between page servers and who asks them: where one is, listening there, and going there.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,7 +11,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sendmsg,
+};
 
 /// How long a host may take to answer at all.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -278,6 +280,13 @@ impl Stream {
         }
     }
 
+    /// Writes what the connection takes at once, and says how much that was. [`io::ErrorKind::WouldBlock`]: nothing, until it
+    /// is writable.
+    pub fn write_now(&self, data: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(sendmsg(self, data, &mut SendAncillaryBuffer::default(), flags)?)
+    }
+
     /// Ends both directions, for every clone: who waits in a read or write is told.
     pub fn shutdown(&self) -> io::Result<()> {
         match self {
@@ -313,7 +322,7 @@ impl Write for &Stream {
         }
     }
 
-    fn write_vectored(&mut self, buffers: &[io::IoSlice<'_>]) -> io::Result<usize> {
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Stream::Unix(stream) => (&*stream).write_vectored(buffers),
             Stream::Tcp(stream) => (&*stream).write_vectored(buffers),
