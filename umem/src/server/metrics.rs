@@ -329,7 +329,10 @@ impl Page<'_> {
         )?;
         for (kind, name) in names.iter().enumerate() {
             let counts = metrics.answer[kind].counts(&bounds);
-            let tops = bounds.iter().map(|nanos| *nanos as f64 / 1e9).chain([f64::MAX]);
+            let tops = bounds
+                .iter()
+                .map(|nanos| *nanos as f64 / 1e9)
+                .chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = tops.zip(counts.iter().copied()).collect();
             let seconds = metrics.answer_nanos[kind].load(Relaxed) as f64 / 1e9;
             metric
