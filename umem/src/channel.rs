@@ -161,7 +161,9 @@ impl Sender {
 
     fn try_push_out(&mut self) -> io::Result<()> {
         while !self.backlog.is_empty() {
-            let count = self.stream.try_write(self.backlog.as_slices().0)?;
+            let count = self
+                .stream
+                .try_write(&[IoSlice::new(self.backlog.as_slices().0)])?;
             self.backlog.drain(..count);
         }
         self.stream.try_flush()
@@ -176,28 +178,50 @@ impl Sender {
             .map_err(ChannelError::Lost)
     }
 
-    /// Sends pages from where they are: `data` is as long as `head` says.
-    pub fn send_pages(&mut self, head: &PagesHead<'_>, data: &mut [IoSlice<'_>]) -> Result<(), ChannelError> {
+    /// Sends a message without waiting in the connection: whenever that takes no more, `wait` is called.
+    pub fn send_with(&mut self, message: &Message<'_>, wait: impl Wait) -> Result<(), ChannelError> {
+        self.buffer.clear();
+        self.outgoing.append(message, &mut self.buffer)?;
+        write_all(&self.stream, &mut [IoSlice::new(&self.buffer)], wait).map_err(ChannelError::Lost)
+    }
+
+    /// Sends pages from where they are, as [`Self::send_with`] does: `data` is as long as `head` says.
+    pub fn send_pages_with(
+        &mut self,
+        head: &PagesHead<'_>,
+        data: &[IoSlice<'_>],
+        wait: impl Wait,
+    ) -> Result<(), ChannelError> {
         self.buffer.clear();
         head.encode(&mut self.buffer)?;
         self.outgoing.stamp(&mut self.buffer);
         let mut all: Vec<IoSlice<'_>> = Vec::with_capacity(1 + data.len());
         all.push(IoSlice::new(&self.buffer));
         all.extend_from_slice(data);
-        write_all_vectored(&self.stream, &mut all).map_err(ChannelError::Lost)
+        write_all(&self.stream, &mut all, wait).map_err(ChannelError::Lost)
     }
 }
 
-fn write_all_vectored(mut stream: &Stream, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+/// Returns when the connection takes more, or with the error that the frame, and so the channel, ends with.
+pub trait Wait: FnMut(&Stream) -> io::Result<()> {}
+
+impl<F: FnMut(&Stream) -> io::Result<()>> Wait for F {}
+
+fn write_all(stream: &Stream, mut slices: &mut [IoSlice<'_>], mut wait: impl Wait) -> io::Result<()> {
     // Nothing that is empty may lead: a write of nothing looks like the end.
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
-        match stream.write_vectored(slices) {
+        match stream.try_write(slices) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => IoSlice::advance_slices(&mut slices, count),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(stream)?,
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    loop {
+        match stream.try_flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(stream)?,
+            flushed => return flushed,
+        }
+    }
 }

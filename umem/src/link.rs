@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 pub use address::{Address, AddressError};
 pub use credentials::{Credentials, CredentialsError};
@@ -94,17 +94,17 @@ impl Stream {
         Ok(set_socket_timeout(self, Timeout::Send, write)?)
     }
 
-    /// Writes what can be written without waiting. With TLS it may take more than that, which the next call writes first. An
-    /// error of the kind `WouldBlock`: nothing was taken.
-    pub fn try_write(&self, buffer: &[u8]) -> io::Result<usize> {
+    /// Writes what can be written without waiting, and says how much that was. With TLS it may take more than is written then,
+    /// which the next call writes first, or [`Stream::try_flush`]. An error of the kind `WouldBlock`: nothing was taken.
+    pub fn try_write(&self, data: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Unix(_) | Self::Tcp(_) => {
                 let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
                 Ok(rustix::io::retry_on_intr(|| {
-                    rustix::net::send(self, buffer, flags)
+                    rustix::net::sendmsg(self, data, &mut SendAncillaryBuffer::default(), flags)
                 })?)
             }
-            Self::Tls(stream) => stream.try_write(buffer),
+            Self::Tls(stream) => stream.try_write(data),
         }
     }
 
@@ -114,6 +114,11 @@ impl Stream {
             Self::Unix(_) | Self::Tcp(_) => Ok(()),
             Self::Tls(stream) => stream.try_flush(),
         }
+    }
+
+    /// Whether what comes is ciphertext, of which nothing is known before the handshake.
+    pub fn is_encrypted(&self) -> bool {
+        matches!(self, Self::Tls(_))
     }
 
     /// Ends both directions: who waits in a read or write is told.

@@ -1,33 +1,59 @@
 //! The page server: RAM images for any number of fetchers at once.
 //!
-//! A thread a channel, which does nothing but wait for requests and answer them in turn; what is shared is the page cache. A
-//! channel costs its thread and one buffer, and there is a bound on channels. Who connects and says nothing is let go, and so
-//! is who asks and does not read the answers.
+//! ```text
+//!              accept                all of a hello                  turns
+//!   listener ----------> lobby ------------------------> channel ----------------> pages
+//!                        no thread, bounded,             a thread and a buffer,     as many at a time as there are
+//!                        the oldest goes first           bounded                    processors, least served first
+//! ```
+//!
+//! A channel's thread waits for requests and answers them in turn; what channels share is the page cache. Who connects and
+//! says nothing is let go, and so is who asks and does not read the answers. What somebody does costs nobody else more than
+//! their turn.
 
-use std::collections::HashMap;
-use std::io::{self, IoSlice};
+mod channel;
+mod client;
+mod lobby;
+mod lz4;
+mod metrics;
+mod served;
+mod turns;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, text};
+use prometheus_client::registry::Registry;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
-use crate::channel::{ChannelError, Receiver, Sender};
-use crate::image::{Image, ReadError, Wait};
+use self::channel::Channel;
+use self::client::Client;
+use self::lobby::Lobby;
+use self::metrics::{Metrics, Page, Refusal, hex};
+use self::served::Served;
+use self::turns::{Class, Turns};
+use crate::image::Image;
 use crate::link::{Listener, Stream};
-use crate::units::{PAGE_SIZE, PageIndex, PageRange};
-use crate::wire::{
-    Bitmap, BitmapKind, BitmapRequest, Checksums, Encoding, Epoch, FailCode, Failed, Features, Goodbye,
-    GoodbyeReason, Hello, Incoming, MAX_BITMAP_PAGES, Message, PagesHead, RefuseCode, Refused, RequestId,
-    Role, SessionId, VERSION, Welcome, Zero,
-};
+use crate::wire::{Epoch, Features, Hello, RefuseCode, Role, SessionId, VERSION, Welcome};
 
 /// Channels at a time, over all clients.
 const MAX_CHANNELS: usize = 1024;
+
+/// Connections at a time that have not said hello.
+const MAX_LOBBY: usize = 4096;
+
+/// Descriptors for everything else.
+const OTHER_DESCRIPTORS: usize = 64;
 
 /// How long a new channel may take to say hello, and an answer may wait to be read.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,8 +64,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long channels may go on after the server was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// How long a goodbye may wait to be read: a client that reads has room for it.
-const GOODBYE_PATIENCE: Duration = Duration::from_millis(100);
+/// How long nobody is taken when there is no descriptor left for anybody.
+const NO_DESCRIPTOR: Duration = Duration::from_millis(100);
 
 /// Pages read and sent at a time: 256 KiB, which stays in the processor's cache between being read and being sent.
 const STEP: u64 = 64;
@@ -58,12 +84,12 @@ pub struct ServerStats {
     pub requests: u64,
     /// Pages sent, zero pages included.
     pub pages: u64,
-    /// Bytes of page content sent.
+    /// Bytes of page content sent, before any compression.
     pub bytes: u64,
 }
 
 /// A page server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Server {
     shared: Arc<Shared>,
 }
@@ -71,36 +97,25 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     /// By name.
-    images: HashMap<String, Image>,
+    images: HashMap<String, Served>,
     session_key: [u8; 16],
     sessions: AtomicU64,
     stopping: AtomicBool,
+    /// Channels are ended that have not ended by themselves.
+    stopped: AtomicBool,
     stop: OwnedFd,
     channels: Mutex<Channels>,
     ended: Condvar,
-    stats: Counters,
+    turns: Turns,
+    /// Connections that have not said hello.
+    silent: AtomicUsize,
+    metrics: Metrics,
 }
 
 #[derive(Debug, Default)]
 struct Channels {
     next: u64,
-    open: HashMap<u64, Arc<Channel>>,
-}
-
-/// What others than its thread need of a channel.
-#[derive(Debug)]
-struct Channel {
-    stream: Arc<Stream>,
-    sender: Mutex<Sender>,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    channels: AtomicU64,
-    refused: AtomicU64,
-    requests: AtomicU64,
-    pages: AtomicU64,
-    bytes: AtomicU64,
+    open: HashMap<u64, (Arc<Channel>, Option<Client>)>,
 }
 
 /// Ends a server, from any thread.
@@ -110,7 +125,7 @@ pub struct ServerStopper(Arc<Shared>);
 impl ServerStopper {
     /// No new channel is taken; those that are open may end what they have begun.
     pub fn stop(&self) {
-        self.0.stopping.store(true, Relaxed);
+        self.0.stopping.store(true, SeqCst);
         // The counter cannot overflow, so the write cannot fail.
         let _ = rustix::io::write(&self.0.stop, &1u64.to_ne_bytes());
     }
@@ -118,19 +133,27 @@ impl ServerStopper {
 
 impl Server {
     /// A server of these images, by name.
-    pub fn new(images: HashMap<String, Image>) -> io::Result<Self> {
+    pub fn new(images: HashMap<String, Arc<Image>>) -> io::Result<Self> {
         let mut session_key = [0; 16];
         rustix::rand::getrandom(&mut session_key, rustix::rand::GetRandomFlags::empty())?;
+        let images = images
+            .into_iter()
+            .map(|(name, image)| Ok((name.clone(), Served::new(name, image)?)))
+            .collect::<io::Result<_>>()?;
+        let processors = thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             shared: Arc::new(Shared {
                 images,
                 session_key,
                 sessions: AtomicU64::new(0),
                 stopping: AtomicBool::new(false),
+                stopped: AtomicBool::new(false),
                 stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
                 channels: Mutex::new(Channels::default()),
                 ended: Condvar::new(),
-                stats: Counters::default(),
+                turns: Turns::new(processors),
+                silent: AtomicUsize::new(0),
+                metrics: Metrics::default(),
             }),
         })
     }
@@ -142,43 +165,46 @@ impl Server {
 
     /// What it has done so far.
     pub fn stats(&self) -> ServerStats {
-        let stats = &self.shared.stats;
+        let metrics = &self.shared.metrics;
         ServerStats {
-            channels: stats.channels.load(Relaxed),
-            refused: stats.refused.load(Relaxed),
-            requests: stats.requests.load(Relaxed),
-            pages: stats.pages.load(Relaxed),
-            bytes: stats.bytes.load(Relaxed),
+            channels: metrics.channels(),
+            refused: metrics.refused(),
+            requests: metrics.requests(),
+            pages: metrics.pages_sent(),
+            bytes: metrics.content(),
         }
     }
 
-    /// Serves who connects to `listener`, until stopped.
-    pub fn serve(&self, listener: &Listener) -> io::Result<()> {
-        let shared = &self.shared;
-        while !shared.stopping.load(Relaxed) {
-            let mut ready = [
-                PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(shared.stop.as_fd(), PollFlags::IN),
-            ];
-            match rustix::event::poll(&mut ready, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            if ready[0].revents().is_empty() || shared.stopping.load(Relaxed) {
-                continue;
-            }
-            match listener.accept() {
-                Ok(stream) => shared.welcome(stream),
-                // Gone before it was taken, or no descriptor left for it: the others go on.
-                Err(error) => {
-                    tracing::warn!(%error, "cannot take a connection");
-                    thread::sleep(Duration::from_millis(10));
-                }
-            }
-        }
-        shared.drain();
-        Ok(())
+    /// All that it counts, in the OpenMetrics text format that Prometheus reads.
+    pub fn metrics(&self) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Collected(Arc::clone(&self.shared))));
+        let mut out = String::new();
+        // Nothing fails where text is kept in memory.
+        let _ = text::encode(&mut out, &registry);
+        out
     }
+
+    /// Serves who connects to `listener`, until stopped; then the listener is closed, so that a successor can have its
+    /// address, and clients are told.
+    pub fn serve(&self, listener: Listener) -> io::Result<()> {
+        let result = self.shared.take_all(&listener);
+        drop(listener);
+        if result.is_ok() {
+            self.shared.drain();
+        }
+        result
+    }
+}
+
+/// How many connections may be in the lobby and how many channels may be open, with the descriptors that there may be.
+fn capacities() -> (usize, usize) {
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let most = usize::try_from(most)
+        .unwrap_or(usize::MAX)
+        .saturating_sub(OTHER_DESCRIPTORS);
+    let channels = (most / 2).clamp(1, MAX_CHANNELS);
+    (most.saturating_sub(channels).clamp(1, MAX_LOBBY), channels)
 }
 
 impl Shared {
@@ -186,81 +212,145 @@ impl Shared {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(SeqCst)
+    }
+
+    fn has_stopped(&self) -> bool {
+        self.stopped.load(SeqCst)
+    }
+
+    /// Takes who connects until stopped.
+    fn take_all(self: &Arc<Self>, listener: &Listener) -> io::Result<()> {
+        // Who is gone before being taken is not to be waited for.
+        rustix::io::ioctl_fionbio(listener, true)?;
+        let (lobby, channels) = capacities();
+        let mut lobby = Lobby::new(lobby, PATIENCE)?;
+        let mut pause: Option<Instant> = None;
+        while !self.is_stopping() {
+            let late = lobby.dismiss_late(&self.metrics);
+            self.silent.store(lobby.len(), Relaxed);
+            let until = late.into_iter().chain(pause).min();
+            let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
+            // At most 10 s, which is a valid time.
+            let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+            let listen = if pause.is_some() {
+                PollFlags::empty()
+            } else {
+                PollFlags::IN
+            };
+            let [_, guests, listening] = {
+                let guests = lobby.epoll();
+                let mut ready = [
+                    PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
+                    PollFd::from_borrowed_fd(guests.as_fd(), PollFlags::IN),
+                    PollFd::from_borrowed_fd(listener.as_fd(), listen),
+                ];
+                match rustix::event::poll(&mut ready, timeout.as_ref()) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+                ready.map(|fd| !fd.revents().is_empty())
+            };
+            if guests {
+                lobby.look(&self.metrics, |stream| self.welcome(stream, channels))?;
+            }
+            if pause.is_some_and(|until| until <= Instant::now()) {
+                pause = None;
+            }
+            if listening {
+                pause = self.accept(listener, &mut lobby);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a connection. The answer is until when nobody is to be taken.
+    fn accept(&self, listener: &Listener, lobby: &mut Lobby) -> Option<Instant> {
+        let error = match listener.accept() {
+            Ok(stream) => {
+                lobby.enter(stream, &self.metrics);
+                return None;
+            }
+            Err(error) => error,
+        };
+        match Errno::from_io_error(&error) {
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                // There is room again when somebody leaves.
+                if lobby.dismiss_oldest(&self.metrics) {
+                    return None;
+                }
+                tracing::warn!(%error, "cannot take a connection");
+                Some(Instant::now() + NO_DESCRIPTOR)
+            }
+            // Gone before it was taken.
+            _ => None,
+        }
+    }
+
     /// Gives a connection its thread.
-    fn welcome(self: &Arc<Self>, stream: Stream) {
-        let stream = Arc::new(stream);
-        let sender = Mutex::new(Sender::new(Arc::clone(&stream)));
-        let channel = Arc::new(Channel { stream, sender });
+    fn welcome(self: &Arc<Self>, stream: Stream, most: usize) {
+        let channel = Arc::new(Channel::new(stream));
         let number = {
             let mut channels = self.lock();
-            if channels.open.len() >= MAX_CHANNELS {
+            if channels.open.len() >= most {
                 drop(channels);
-                self.stats.refused.fetch_add(1, Relaxed);
-                channel.refuse(RefuseCode::Busy, "as many channels as can be are open");
+                self.refuse(&channel, RefuseCode::Busy, "as many channels as can be are open");
                 return;
             }
             channels.next += 1;
             let number = channels.next;
-            channels.open.insert(number, Arc::clone(&channel));
+            channels.open.insert(number, (Arc::clone(&channel), None));
             number
         };
         let shared = Arc::clone(self);
         let thread = thread::Builder::new()
             .name(format!("channel-{number}"))
             .spawn(move || {
-                if let Err(error) = shared.serve_channel(&channel) {
-                    match error {
-                        ChannelError::Closed => {}
-                        // Most often somebody's certificates are wrong, and what the other side can say of it is less.
-                        error @ ChannelError::Tls(_) => tracing::warn!(
-                            channel = number,
-                            error = &error as &dyn std::error::Error,
-                            "client sent away"
-                        ),
-                        error => tracing::info!(
-                            channel = number,
-                            error = &error as &dyn std::error::Error,
-                            "channel ended"
-                        ),
-                    }
-                }
+                shared.serve_channel(number, &channel);
                 shared.forget(number);
             });
         if let Err(error) = thread {
             tracing::warn!(%error, "no thread for a connection");
+            self.metrics.refuse(Refusal::Busy);
             self.forget(number);
         }
     }
 
+    /// Whose channel it is, is known now.
+    fn join(&self, number: u64, client: Client) {
+        if let Some((_, whose)) = self.lock().open.get_mut(&number) {
+            *whose = Some(client);
+        }
+    }
+
     fn forget(&self, number: u64) {
-        if let Some(channel) = self.lock().open.remove(&number) {
+        if let Some((channel, _)) = self.lock().open.remove(&number) {
             // Whoever else holds it does not keep the connection.
-            let _ = channel.stream.shutdown();
+            channel.shutdown();
         }
         self.ended.notify_all();
     }
 
     /// Says goodbye to all, waits until they have ended, and ends those that do not.
     fn drain(&self) {
-        let open: Vec<Arc<Channel>> = self.lock().open.values().cloned().collect();
         let deadline = Instant::now() + DRAIN;
+        let open: Vec<Arc<Channel>> = self
+            .lock()
+            .open
+            .values()
+            .map(|(channel, _)| Arc::clone(channel))
+            .collect();
         for channel in open {
-            // Who does not read what it asked for finds out when the connection ends: nobody waits for it here.
-            let _ = channel.stream.set_timeouts(None, Some(GOODBYE_PATIENCE));
-            if let Ok(mut sender) = channel.sender.try_lock() {
-                let goodbye = Goodbye {
-                    reason: GoodbyeReason::Draining,
-                    text: "",
-                };
-                let _ = sender.send(&Message::Goodbye(goodbye));
-            }
+            channel.say_draining();
         }
         let mut channels = self.lock();
         while !channels.open.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                for channel in channels.open.values() {
-                    let _ = channel.stream.shutdown();
+                self.stopped.store(true, SeqCst);
+                for (channel, _) in channels.open.values() {
+                    channel.shutdown();
                 }
             }
             let wait = left.max(Duration::from_millis(100));
@@ -272,68 +362,9 @@ impl Shared {
         }
     }
 
-    fn serve_channel(&self, channel: &Channel) -> Result<(), ChannelError> {
-        channel.stream.handshake(PATIENCE).map_err(ChannelError::Tls)?;
-        channel
-            .stream
-            .set_timeouts(Some(PATIENCE), Some(PATIENCE))
-            .map_err(ChannelError::Lost)?;
-        let mut receiver = Receiver::new(Arc::clone(&channel.stream), Incoming::acceptor());
-        let image = match receiver.receive()? {
-            Message::Hello(hello) => match self.open(&hello) {
-                Ok((image, welcome)) => {
-                    let kind = hello.channel;
-                    channel.sender().send(&Message::Welcome(welcome))?;
-                    receiver.incoming.open(kind, Role::Fetcher, welcome.features);
-                    image
-                }
-                Err((code, text)) => {
-                    self.stats.refused.fetch_add(1, Relaxed);
-                    channel.refuse(code, &text);
-                    return Ok(());
-                }
-            },
-            // `Incoming` lets nothing else through.
-            _ => return Ok(()),
-        };
-        self.stats.channels.fetch_add(1, Relaxed);
-        // From here on who has nothing to ask for says at least that.
-        channel
-            .stream
-            .set_timeouts(Some(4 * KEEP_ALIVE), Some(PATIENCE))
-            .map_err(ChannelError::Lost)?;
-        let mut buffer = vec![0; STEP as usize * PAGE_SIZE];
-        loop {
-            match receiver.receive()? {
-                Message::Request(request) => {
-                    for range in request.ranges.iter() {
-                        self.answer(channel, image, request.request, range, &mut buffer)?;
-                    }
-                    self.stats.requests.fetch_add(1, Relaxed);
-                }
-                Message::MetadataRequest { request } => {
-                    let bytes = image.metadata();
-                    channel.sender().send(&Message::Metadata { request, bytes })?;
-                }
-                Message::BitmapRequest(wanted) => answer_bitmap(channel, image, wanted)?,
-                Message::Ping { token } => channel.sender().send(&Message::Pong { token })?,
-                Message::Barrier { number, .. } => channel.sender().send(&Message::BarrierAck { number })?,
-                Message::Goodbye(_) => {
-                    let goodbye = Goodbye {
-                        reason: GoodbyeReason::Done,
-                        text: "",
-                    };
-                    return channel.sender().send(&Message::Goodbye(goodbye));
-                }
-                // Hints, and answers to what this side never asks.
-                _ => {}
-            }
-        }
-    }
-
     /// What a hello is answered.
-    fn open(&self, hello: &Hello<'_>) -> Result<(&Image, Welcome), (RefuseCode, String)> {
-        if self.stopping.load(Relaxed) {
+    fn open(&self, hello: &Hello<'_>) -> Result<(&Served, Welcome), (RefuseCode, String)> {
+        if self.is_stopping() {
             return Err((RefuseCode::Draining, "this server is about to end".into()));
         }
         if hello.role != Role::Fetcher {
@@ -346,12 +377,20 @@ impl Shared {
             ("", 1) => self.images.values().next(),
             (name, _) => self.images.get(name),
         };
-        let Some(image) = image else {
+        let Some(served) = image else {
             let mut names: Vec<&str> = self.images.keys().map(String::as_str).collect();
             names.sort_unstable();
             let text = format!("no image '{}' here; there are: {}", hello.image, names.join(", "));
             return Err((RefuseCode::UnknownImage, text));
         };
+        let image = &served.image;
+        if !served.is_sound() {
+            let text = format!(
+                "image '{}' cannot be used: it was damaged or replaced in place",
+                served.name
+            );
+            return Err((RefuseCode::BadImage, text));
+        }
         let digest = image.footer().digest;
         if hello.digest.is_some_and(|expected| expected != digest) {
             return Err((
@@ -372,7 +411,7 @@ impl Shared {
         };
         let welcome = Welcome {
             version: VERSION,
-            features: Features::NONE,
+            features: hello.features.and(Features::LZ4),
             pages: image.pages(),
             epoch: Epoch(0),
             keep_alive_ms: KEEP_ALIVE.as_millis() as u32,
@@ -380,7 +419,7 @@ impl Shared {
             session,
             digest: Some(digest),
         };
-        Ok((image, welcome))
+        Ok((served, welcome))
     }
 
     /// A number that nobody else has: of this server's random key and a counter.
@@ -398,158 +437,68 @@ impl Shared {
         id.copy_from_slice(&hash.as_bytes()[..16]);
         SessionId(id)
     }
+}
 
-    /// Sends the pages of `range`.
-    fn answer(
-        &self,
-        channel: &Channel,
-        image: &Image,
-        request: RequestId,
-        range: PageRange,
-        buffer: &mut [u8],
-    ) -> Result<(), ChannelError> {
-        let end = PageIndex(image.pages());
-        let inside = range.clamp_to(end);
-        let mut at = inside.start;
-        while at < inside.end() {
-            let step = PageRange::new(at, STEP).clamp_to(inside.end());
-            self.answer_step(channel, image, request, step, buffer)?;
-            at = step.end();
-        }
-        if inside.count < range.count {
-            let outside = PageRange::new(range.start.max(end), range.count - inside.count);
-            let text = "";
-            let failed = Failed {
-                request,
-                range: outside,
-                code: FailCode::OutOfRange,
-                text,
+/// A server's metrics as they are when they are asked for.
+#[derive(Debug)]
+struct Collected(Arc<Shared>);
+
+impl Collector for Collected {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let shared = &self.0;
+        let mut page = Page(encoder);
+        page.all(&shared.metrics)?;
+        let silent = shared.silent.load(Relaxed) as u64;
+        page.gauge(
+            "umem_serve_connections_silent",
+            "Connections that have not said hello",
+            silent,
+        )?;
+        page.gauge(
+            "umem_serve_clients",
+            "Sessions with at least one open channel",
+            shared.clients(),
+        )?;
+        let waiting = shared.turns.waiting().map(|(class, waiting)| {
+            let name = match class {
+                Class::Demand => "demand",
+                Class::Background => "background",
             };
-            channel.sender().send(&Message::Failed(failed))?;
-        }
-        self.stats.pages.fetch_add(inside.count, Relaxed);
-        Ok(())
-    }
-
-    fn answer_step(
-        &self,
-        channel: &Channel,
-        image: &Image,
-        request: RequestId,
-        range: PageRange,
-        buffer: &mut [u8],
-    ) -> Result<(), ChannelError> {
-        let mut checksums = [0; STEP as usize];
-        let checksums = &mut checksums[..range.count as usize];
-        let buffer = &mut buffer[..range.bytes()];
-        let read = image.checksums(range, Wait::Yes, checksums).and_then(|_| {
-            if checksums.iter().all(|checksum| *checksum == 0) {
-                return Ok(());
-            }
-            // What it is worth is for the fetcher to judge, who has the checksums.
-            image.read(range, Wait::Yes, buffer).map(drop)
+            ([("class", name)], waiting as u64)
         });
-        if let Err(error) = read {
-            let code = match error {
-                ReadError::Io { .. } => FailCode::Unreadable,
-                ReadError::Corrupt { .. } | ReadError::Truncated { .. } => FailCode::Corrupt,
-            };
-            let text = error.to_string();
-            return channel.sender().send(&Message::Failed(Failed {
-                request,
-                range,
-                code,
-                text: &text,
-            }));
-        }
-        let data_pages = checksums.iter().filter(|checksum| **checksum != 0).count();
-        if data_pages == 0 {
-            return channel.sender().send(&Message::Zero(Zero {
-                request,
-                range,
-                epoch: Epoch(0),
-            }));
-        }
-        let head = PagesHead {
-            request,
-            range,
-            epoch: Epoch(0),
-            encoding: Encoding::Raw,
-            checksums: Checksums::from(&*checksums),
-            data_length: data_pages * PAGE_SIZE,
-        };
-        let mut data: Vec<IoSlice<'_>> = buffer
-            .chunks(PAGE_SIZE)
-            .zip(&*checksums)
-            .filter(|(_, checksum)| **checksum != 0)
-            .map(|(page, _)| IoSlice::new(page))
-            .collect();
-        self.stats.bytes.fetch_add(head.data_length as u64, Relaxed);
-        channel.sender().send_pages(&head, &mut data)
+        page.gauges(
+            "umem_serve_turns_waiting",
+            "Channels that wait for their turn",
+            waiting,
+        )?;
+        let waits = shared.turns.waits();
+        page.counter(
+            "umem_serve_turn_waits",
+            "Times that a channel had to wait for its turn",
+            None,
+            waits,
+        )?;
+        let mut images: Vec<&Served> = shared.images.values().collect();
+        images.sort_unstable_by_key(|served| &served.name);
+        let sound = images.iter().map(|served| {
+            let digest = hex(&served.image.footer().digest);
+            (
+                vec![("image", served.name.clone()), ("digest", digest)],
+                u64::from(served.is_sound()),
+            )
+        });
+        page.gauges(
+            "umem_serve_images",
+            "Images: 1 if a client may have it, 0 if it was damaged",
+            sound,
+        )
     }
 }
 
-/// Sends which pages hold something, by the checksum table.
-fn answer_bitmap(channel: &Channel, image: &Image, wanted: BitmapRequest) -> Result<(), ChannelError> {
-    let BitmapRequest { request, kind, range } = wanted;
-    let fail = |code, text: &str| {
-        let range = PageRange::new(range.start, 1);
-        channel.sender().send(&Message::Failed(Failed {
-            request,
-            range,
-            code,
-            text,
-        }))
-    };
-    if kind != BitmapKind::Data {
-        return fail(
-            FailCode::Unreadable,
-            "this server keeps no list of what was received",
-        );
-    }
-    if range.end() > PageIndex(image.pages()) {
-        return fail(FailCode::OutOfRange, "");
-    }
-    let mut at = range.start;
-    while at < range.end() {
-        let piece = PageRange::new(at, MAX_BITMAP_PAGES).clamp_to(range.end());
-        let mut bits = vec![0; piece.count.div_ceil(8) as usize];
-        let mut next = piece.start;
-        loop {
-            match image.next_with_checksum(next) {
-                Ok(Some(run)) if run.start < piece.end() => {
-                    for page in run.clamp_to(piece.end()).pages() {
-                        let bit = page.0 - piece.start.0;
-                        bits[(bit / 8) as usize] |= 1 << (bit % 8);
-                    }
-                    next = run.end();
-                }
-                Ok(_) => break,
-                Err(error) => return fail(FailCode::Corrupt, &error.to_string()),
-            }
-        }
-        channel.sender().send(&Message::Bitmap(Bitmap {
-            request,
-            kind,
-            range: piece,
-            bits: &bits,
-        }))?;
-        at = piece.end();
-    }
-    Ok(())
-}
-
-impl Channel {
-    fn sender(&self) -> MutexGuard<'_, Sender> {
-        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn refuse(&self, code: RefuseCode, text: &str) {
-        let refused = Refused {
-            version: VERSION,
-            code,
-            text,
-        };
-        let _ = self.sender().send(&Message::Refused(refused));
+impl Shared {
+    fn clients(&self) -> u64 {
+        let channels = self.lock();
+        let clients: HashSet<Client> = channels.open.values().filter_map(|(_, client)| *client).collect();
+        clients.len() as u64
     }
 }

@@ -88,6 +88,16 @@ impl Histogram {
         }
     }
 
+    /// How many of the recorded durations were shorter than the first of `bounds`, than the second but not the first, and so
+    /// on, and than none. The bounds are powers of two of nanoseconds from 32 on, in ascending order.
+    pub fn counts(&self, bounds: &[u64]) -> Vec<u64> {
+        let mut counts = vec![0; bounds.len() + 1];
+        for (bucket, count) in self.buckets.iter().enumerate() {
+            counts[bounds.partition_point(|bound| *bound <= highest_of(bucket))] += count.load(Relaxed);
+        }
+        counts
+    }
+
     /// The figures of everything recorded so far.
     pub fn summary(&self) -> Summary {
         Self::summary_of(&[self])
@@ -145,6 +155,24 @@ mod tests {
             for (permille, got) in [(500, summary.p50), (900, summary.p90), (990, summary.p99), (999, summary.p999)] {
                 let exact = values[(values.len() * permille).div_ceil(1000).max(1) - 1];
                 prop_assert!(got >= exact && got - exact <= exact / 32, "p{permille}: {got} for {exact}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn powers_of_two_divide_exactly(values in prop::collection::vec(0u64..1 << 22, 0..200)) {
+            let histogram = Histogram::default();
+            for value in &values {
+                histogram.record(Duration::from_nanos(*value));
+            }
+            let bounds: Vec<u64> = (5..21).map(|power| 1 << power).collect();
+            let counts = histogram.counts(&bounds);
+            prop_assert_eq!(counts.iter().sum::<u64>(), values.len() as u64);
+            let mut shorter = 0;
+            for (bound, count) in bounds.iter().zip(counts) {
+                shorter += count;
+                prop_assert_eq!(shorter, values.iter().filter(|value| *value < bound).count() as u64);
             }
         }
     }

@@ -15,6 +15,7 @@ pub mod boot;
 pub mod cli;
 pub mod devices;
 pub mod ending;
+mod http;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

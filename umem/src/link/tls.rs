@@ -284,10 +284,10 @@ impl TlsStream {
 
     /// Takes what can be sent without waiting, and some more, which the next call sends first. An error of the kind
     /// `WouldBlock`: nothing can be, and nothing was taken.
-    pub(super) fn try_write(&self, buffer: &[u8]) -> io::Result<usize> {
+    pub(super) fn try_write(&self, data: &[IoSlice<'_>]) -> io::Result<usize> {
         self.try_flush()?;
         let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = self.encrypt(&[IoSlice::new(buffer)], &mut outgoing)?;
+        let count = self.encrypt(data, &mut outgoing)?;
         self.send(&mut outgoing, SendFlags::DONTWAIT)?;
         Ok(count)
     }

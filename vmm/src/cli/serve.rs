@@ -4,28 +4,43 @@ use std::collections::HashMap;
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::thread;
 
+use axum::Router;
+use axum::http::header::CONTENT_TYPE;
+use axum::routing::get;
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use umem::handoff::PagerHost;
 use umem::image::Image;
-use umem::link::{Address, Credentials, Listener};
+use umem::link::{Address, Credentials, ListenError, Listener};
 use umem::server::Server;
 
 use super::error::CommandError;
-use crate::signals;
+use crate::{http, signals};
+
+/// What Prometheus and others take it for.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What `umem serve` takes.
 #[derive(Debug, Args)]
 pub(super) struct ServeOptions {
     /// Where to listen: unix:PATH or tcp:HOST:PORT
+    #[arg(long, value_name = "URL", required_unless_present = "attach")]
+    listen: Option<Address>,
+    /// Serve VMs on this host from inside their memory, which they hand over here (source=attach:PATH): unix:PATH
     #[arg(long, value_name = "URL")]
-    listen: Address,
+    attach: Option<Address>,
     /// An image and the name that it is asked for by; may be given several times
     #[arg(long = "image", value_name = "NAME=FILE", required = true)]
     images: Vec<NamedImage>,
     /// TLS 1.3 over TCP, with ca.pem, cert.pem and key.pem in DIR: only who has a certificate of that CA is served
     #[arg(long, value_name = "DIR", conflicts_with = "allow_plaintext")]
     tls_dir: Option<PathBuf>,
+    /// Answer HTTP requests for /metrics here, for Prometheus: unix:PATH or tcp:HOST:PORT
+    #[arg(long, value_name = "URL", requires = "listen")]
+    metrics: Option<Address>,
     /// Let TCP be reached from other hosts, unencrypted and by anybody
     #[arg(long)]
     allow_plaintext: bool,
@@ -59,52 +74,125 @@ impl FromStr for NamedImage {
 pub(super) fn run(options: &ServeOptions) -> Result<(), CommandError> {
     let mut images = HashMap::new();
     for NamedImage { name, path } in &options.images {
-        if images.insert(name.clone(), Image::open(path)?).is_some() {
+        if images
+            .insert(name.clone(), Arc::new(Image::open(path)?))
+            .is_some()
+        {
             return Err(CommandError::Usage(format!("two images are named '{name}'")));
         }
     }
-    let credentials = match (&options.listen, &options.tls_dir) {
-        (Address::Unix(_), Some(_)) => {
-            return Err(CommandError::Usage(format!(
-                "--tls-dir is for TCP, and {} is a Unix socket, which is guarded by its file's permissions and needs no TLS",
-                options.listen
-            )));
-        }
-        (Address::Tcp(host_and_port), None) if !options.allow_plaintext && !is_loopback(host_and_port) => {
-            return Err(CommandError::Usage(format!(
-                "{} can be reached from other hosts, and whoever reaches it can read the images: listen on 127.0.0.1 or \
-                 [::1], use --tls-dir, or say --allow-plaintext",
-                options.listen
-            )));
-        }
-        (_, directory) => directory.as_deref().map(Credentials::load).transpose()?,
-    };
+    let credentials = check_exposure(options)?;
+    raise_descriptor_limit();
     // Before any thread is started, so that all of them leave the signals to the one that waits for them.
     signals::block(&[libc::SIGINT, libc::SIGTERM]).map_err(|error| CommandError::Serve(error.into()))?;
-    let listener = Listener::bind_with(&options.listen, credentials)?;
+    let listener = options
+        .listen
+        .as_ref()
+        .map(|address| Listener::bind_with(address, credentials))
+        .transpose()?;
+    let attach = options.attach.as_ref().map(Listener::bind).transpose()?;
+    let metrics = options.metrics.as_ref().map(Listener::bind).transpose()?;
+    let host = PagerHost::new(images.clone()).map_err(CommandError::Serve)?;
     let server = Server::new(images).map_err(CommandError::Serve)?;
-    let stopper = server.stopper();
+    let (stop_host, stop_server) = (host.stopper(), server.stopper());
     thread::spawn(move || {
         signals::wait_for(&[libc::SIGINT, libc::SIGTERM]);
-        stopper.stop();
+        stop_host.stop();
+        stop_server.stop();
     });
-    let address = listener.address().map_err(CommandError::Serve)?;
-    say!("serving at {address}");
-    server.serve(&listener).map_err(CommandError::Serve)?;
-    let stats = server.stats();
-    say!(
-        "served channels={} refused={} requests={} pages={} bytes={}",
-        stats.channels,
-        stats.refused,
-        stats.requests,
-        stats.pages,
-        stats.bytes
-    );
+    for (listener, what) in [
+        (&listener, "serving"),
+        (&attach, "attaching"),
+        (&metrics, "metrics"),
+    ] {
+        if let Some(listener) = listener {
+            say!("{what} at {}", listener.address().map_err(CommandError::Serve)?);
+        }
+    }
+    if let Some(listener) = metrics {
+        let server = server.clone();
+        let metrics = move || async move { ([(CONTENT_TYPE, METRICS_TYPE)], server.metrics()) };
+        http::serve(listener, Router::new().route("/metrics", get(metrics))).map_err(CommandError::Serve)?;
+    }
+    thread::scope(|scope| {
+        let attached = attach.map(|listener| {
+            let host = &host;
+            scope.spawn(move || host.serve(&listener))
+        });
+        let served = listener.map_or(Ok(()), |listener| server.serve(listener));
+        if served.is_err() {
+            host.stopper().stop();
+        }
+        // It does not panic.
+        let attached = attached.and_then(|thread| thread.join().ok()).unwrap_or(Ok(()));
+        served.and(attached)
+    })
+    .map_err(CommandError::Serve)?;
+    if options.listen.is_some() {
+        let stats = server.stats();
+        say!(
+            "served channels={} refused={} requests={} pages={} bytes={}",
+            stats.channels,
+            stats.refused,
+            stats.requests,
+            stats.pages,
+            stats.bytes
+        );
+    }
     Ok(())
 }
 
-fn is_loopback(host_and_port: &str) -> bool {
-    host_and_port
+/// Refuses what would let strangers read the images, or what is there for nothing.
+fn check_exposure(options: &ServeOptions) -> Result<Option<Credentials>, CommandError> {
+    if let Some(address @ Address::Tcp(_)) = &options.attach {
+        return Err(CommandError::Usage(format!(
+            "--attach is for Unix sockets, over which memory can be handed, and {address} is none"
+        )));
+    }
+    let tcp = matches!(options.listen, Some(Address::Tcp(_)));
+    if options.tls_dir.is_some() && !tcp {
+        return Err(CommandError::Usage(
+            "--tls-dir is for TCP, and nothing listens there: a Unix socket is guarded by its file's permissions and needs no TLS"
+                .into(),
+        ));
+    }
+    let plaintext = [
+        options.listen.as_ref().filter(|_| options.tls_dir.is_none()),
+        options.metrics.as_ref(),
+    ];
+    for address in plaintext.into_iter().flatten() {
+        if !options.allow_plaintext && !is_loopback(address)? {
+            return Err(CommandError::Usage(format!(
+                "{address} can be reached from other hosts, and whoever reaches it can read what is there: listen on 127.0.0.1 or \
+                 [::1], use --tls-dir for images, or say --allow-plaintext",
+            )));
+        }
+    }
+    Ok(options.tls_dir.as_deref().map(Credentials::load).transpose()?)
+}
+
+/// Whether nobody on another host can connect to `address`.
+fn is_loopback(address: &Address) -> Result<bool, CommandError> {
+    let Address::Tcp(host_and_port) = address else {
+        return Ok(true);
+    };
+    let mut addresses = host_and_port
         .to_socket_addrs()
-        .is_ok_and(|mut addresses| addresses.all(|address| address.ip().is_loopback()))
+        .map_err(|source| ListenError::Io {
+            address: address.to_string(),
+            source,
+        })?;
+    Ok(addresses.all(|address| address.ip().is_loopback()))
+}
+
+/// A connection is a descriptor: as many as may be. Where it is refused, there are fewer connections.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
 }

@@ -3,7 +3,7 @@ use crate::link::test_credentials::Authority;
 use crate::link::{Address, Listener, Stream};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 use rustls::pki_types::pem::PemObject;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IoSlice, Write};
 use std::thread;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -320,7 +320,7 @@ fn writing_without_waiting_loses_nothing() {
     let mut sent = 0;
     loop {
         let bytes: Vec<u8> = (sent..sent + 10_000).map(|at| pattern(at, 3)).collect();
-        match client.try_write(&bytes) {
+        match client.try_write(&[IoSlice::new(&bytes)]) {
             Ok(count) => sent += count,
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::WouldBlock);
