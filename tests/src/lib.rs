@@ -4,6 +4,8 @@
 //! - [`scratch`]: a directory of one test, and the images in it;
 //! - [`vm`]: `umem run` and its report;
 //! - [`server`]: `umem serve`;
+//! - [`served`]: VMs whose RAM comes from page servers;
+//! - [`proxy`]: a network between them that does what it should not;
 //! - [`errors`]: what every error message must be like;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
@@ -16,8 +18,10 @@
 pub mod errors;
 pub mod host;
 pub mod program;
+pub mod proxy;
 pub mod random;
 pub mod scratch;
+pub mod served;
 pub mod server;
 pub mod terminal;
 pub mod vm;
