@@ -6,6 +6,7 @@
 //! - [`server`]: `umem serve`;
 //! - [`served`]: VMs whose RAM comes from page servers;
 //! - [`proxy`]: a network between them that does what it should not;
+//! - [`peer`]: one end of it that says what it likes;
 //! - [`errors`]: what every error message must be like;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
@@ -17,6 +18,7 @@
 
 pub mod errors;
 pub mod host;
+pub mod peer;
 pub mod program;
 pub mod proxy;
 pub mod random;
