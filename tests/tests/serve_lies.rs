@@ -592,3 +592,24 @@ fn a_server_that_says_nothing_is_given_up() {
     vm.assert_error(4, &["nothing came for too long", &liar.url()]);
     assert!(since.elapsed() < 2 * MARGIN, "{:?}", since.elapsed());
 }
+
+/// Connecting anew is no progress: a server that lies every time is as good as none.
+#[test]
+#[ignore = "the VM connects anew for ever"]
+fn a_server_that_always_lies_is_given_up() {
+    need!(tests::host::kvm());
+    let bench = Bench::new();
+    for fill in FILLS {
+        let liar = always(&bench, |peer, image, request| {
+            let pages = PageRange::new(PageIndex(last(request).end().0 % image.pages()), 1);
+            peer.send_pages(image, request.request, pages, |_, _| {});
+        });
+        let since = Instant::now();
+        let vm = Vm::default()
+            .memory(&format!("source={},source-timeout=1s,fill={fill}", liar.url()))
+            .patience(2 * MARGIN)
+            .run();
+        ends(&vm, 4, &["which nobody asked for"]);
+        assert!(since.elapsed() < MARGIN, "{:?}", since.elapsed());
+    }
+}
