@@ -19,7 +19,8 @@ use umem::wire::{
     Message, MessageType, RefuseCode, Refused, Request, RequestId, Version, Zero,
 };
 
-const MIB: u64 = 16;
+/// Little, because most of it is fetched page by page, again and again.
+const MIB: u64 = 8;
 
 /// RAM of one image, and paths for those who lie about it.
 struct Bench {
@@ -31,7 +32,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let scratch = Scratch::new();
-        let image = scratch.fingerprinted("16M", SEED, "order=random");
+        let image = scratch.fingerprinted(&format!("{MIB}M"), SEED, "order=random");
         let next = AtomicU64::new(0);
         Self { scratch, image, next }
     }

@@ -98,7 +98,6 @@ pub(super) fn forward(
         extra: 0,
     };
     way.run(faults);
-    // Who waits for the other direction's frame sees that this one has ended.
     if connection.ended.fetch_add(1, Relaxed) == 1 {
         shared.forget(connection.index);
     }
@@ -235,7 +234,11 @@ impl Way<'_> {
                 self.shared.wait(random.moment(LONGEST), |state| {
                     state.record.connections > connections
                 });
-                self.connection.frozen.store(false, Relaxed);
+                {
+                    // Under the lock, or the other direction may look before and sleep after.
+                    let _state = self.shared.lock();
+                    self.connection.frozen.store(false, Relaxed);
+                }
                 self.shared.changed.notify_all();
                 self.send(&frame)
             }
