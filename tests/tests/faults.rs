@@ -110,6 +110,9 @@ impl Bench {
         let vm = vm.run();
         let ended = Instant::now();
         let record = proxy.record();
+        if number(FAULT_SEED).is_some() {
+            println!("{plan:?}\n{record:?}\n{}{}", vm.stdout, vm.stderr);
+        }
         check(&vm, &plan, &record, *mib);
         if let (Some(gone), Some(4)) = (record.gone, vm.code()) {
             let waited = ended - gone;
