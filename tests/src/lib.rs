@@ -5,6 +5,9 @@
 //! - [`vm`]: `umem run` and its report;
 //! - [`server`]: `umem serve`;
 //! - [`certificates`]: a CA, and directories for `--tls-dir`;
+//! - [`served`]: VMs whose RAM comes from page servers;
+//! - [`proxy`]: a network between them that does what it should not;
+//! - [`peer`]: one end of it that says what it likes;
 //! - [`errors`]: what every error message must be like;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
@@ -17,9 +20,12 @@
 pub mod certificates;
 pub mod errors;
 pub mod host;
+pub mod peer;
 pub mod program;
+pub mod proxy;
 pub mod random;
 pub mod scratch;
+pub mod served;
 pub mod server;
 pub mod terminal;
 pub mod vm;
