@@ -157,6 +157,8 @@ fn a_signal_ends_it_and_the_machine() {
         running.wait_until("the machine starts", |running| {
             running.to_string().contains("Linux version")
         });
+        // A terminal and timeout(1) reach a script more than once.
+        running.signal(signal);
         running.signal(signal);
         // With it, its whole process group has to be gone.
         running.finish().assert_code(code);
