@@ -444,13 +444,8 @@ fn metrics_say_what_clients_did() {
         wire < bytes && wire > sent("raw") * PAGE_SIZE,
         "{wire} of {bytes}"
     );
-    let digest: String = umem::image::Image::open(&image)
-        .unwrap()
-        .footer()
-        .digest
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let opened = umem::image::Image::open(&image).unwrap();
+    let digest = blake3::Hash::from(opened.footer().digest).to_hex();
     metrics.assert(
         &format!("umem_serve_images{{image=\"ba\\\"se\",digest=\"{digest}\"}}"),
         1,

@@ -356,7 +356,7 @@ impl Pager {
             let reader = pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
             pager.workers.push(reader);
         }
-        if !matches!(fill, Fill::Off) {
+        if !matches!(fill, Fill::Off) || !pager.shared.uncertain.is_empty() {
             let fill = pager.spawn("umem-fill".into(), move |shared| shared.fill(&fill))?;
             pager.workers.push(fill);
         }

@@ -4,7 +4,7 @@
 //! - [`kvm`]: the host's KVM, a VM, its vCPUs, and what CPUID tells the guest;
 //! - [`devices`]: the fixed set of devices on the ports, and the one event loop that serves them;
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
-//! - [`memory`]: a umem region as guest memory;
+//! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
 //! - [`machine`]: all of it put together and run;
 //! - [`ending`]: why a VM stopped;
 //! - [`report`], [`working_set`]: what a run leaves behind;
@@ -19,6 +19,7 @@ mod http;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod ram_source;
 pub mod report;
 mod signals;
 pub mod working_set;

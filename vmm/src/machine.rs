@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
 use thiserror::Error;
-use umem::pager::{Notice, Pager, PagerError, PagerOptions, StartError};
+use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
-use umem::source::PageSource;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::address_map::{PAGE_SIZE, RamMap};
@@ -23,6 +22,7 @@ use crate::kvm::{
     CpuModel, CpuModelError, Exit, Host, HostError, Vcpu, VcpuKick, VcpuSetupError, Vm, VmError,
 };
 use crate::memory::GuestMemory;
+use crate::ram_source::{RamSource, ServingPager};
 use crate::report::{Process, Report, milliseconds};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
@@ -48,7 +48,7 @@ pub enum Firmware {
 #[derive(Clone)]
 pub struct MachineConfig {
     /// Where its RAM comes from.
-    pub source: Arc<dyn PageSource>,
+    pub source: RamSource,
     /// Where its RAM is.
     pub ram: RamMap,
     /// How its kernel is entered.
@@ -169,7 +169,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     let recording = config
         .recording
         .clone()
-        .map(|recording| recording.start(Arc::clone(&config.source), pages));
+        .map(|recording| recording.start(config.source.digest(), pages));
     let recording = recording.transpose()?;
     clock.lap("memory");
 
@@ -227,7 +227,8 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         .get()
         .map(|at| milliseconds(at.duration_since(started)));
     report.setup_ms = clock.laps;
-    report.set_pager(&pager, &region, started);
+    report.set_pager(&pager.stats(), &region, started);
+    report.set_source(config.source.url(), pager.stats().source);
     report.process = own_memory(config, &region, pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
@@ -261,7 +262,7 @@ fn start_pager(
     region: &Arc<Region>,
     failure: &Arc<OnceLock<Arc<PagerError>>>,
     stopper: Stopper,
-) -> Result<Pager, StartError> {
+) -> Result<ServingPager, StartError> {
     let failure = Arc::clone(failure);
     let observer = move |notice| match notice {
         Notice::AllPagesPresent => tracing::info!("all pages are present"),
@@ -271,12 +272,9 @@ fn start_pager(
             stopper.end(Ending::Stopped);
         }
     };
-    Pager::start(
-        Arc::clone(region),
-        Arc::clone(&config.source),
-        config.pager.clone(),
-        observer,
-    )
+    config
+        .source
+        .serve(Arc::clone(region), config.pager.clone(), observer)
 }
 
 /// The ROM and the page that tells it where to go, if the VM starts in a ROM.

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
-use umem::pager::{FaultClass, Pager};
+use umem::pager::{FaultClass, PagerStats};
 use umem::publish::{Existing, UnnamedFile};
 use umem::region::Region;
+use umem::source::SourceStats;
 use umem::stats::Summary;
 
 /// The report of one VM's run.
@@ -124,9 +125,8 @@ pub struct Process {
 }
 
 impl Report {
-    /// Takes over what `pager` counted. `started` is when the process began.
-    pub fn set_pager(&mut self, pager: &Pager, region: &Region, started: Instant) {
-        let stats = pager.stats();
+    /// Takes over what a pager counted. `started` is when the process began.
+    pub fn set_pager(&mut self, stats: &PagerStats, region: &Region, started: Instant) {
         self.time_to_all_pages_ms = stats
             .all_present_at
             .map(|at| milliseconds(at.duration_since(started)));
@@ -148,8 +148,10 @@ impl Report {
             .filter(|(_, summary)| summary.count > 0)
             .map(|(class, summary)| (class.name(), summary.into()))
             .collect();
-        let source = stats.source;
-        let url = pager.source().url();
+    }
+
+    /// Takes over what the source at `url` did.
+    pub fn set_source(&mut self, url: String, source: SourceStats) {
         self.source = Some(Source {
             url,
             bytes: source.bytes,

@@ -11,7 +11,6 @@ use std::time::Duration;
 use thiserror::Error;
 use umem::pager::TouchRecord;
 use umem::publish::{Existing, UnnamedFile};
-use umem::source::PageSource;
 use umem::working_set::{MAX_SIZE, WorkingSet, WorkingSetError};
 
 /// Why a working set cannot be had, or not be kept.
@@ -43,8 +42,8 @@ pub enum WorkingSetFileError {
     },
 }
 
-/// Reads the working set at `path`, which must be one of `source`, whose RAM has `pages` pages.
-pub fn load(path: &Path, source: &dyn PageSource, pages: u64) -> Result<WorkingSet, WorkingSetFileError> {
+/// Reads the working set at `path`, which must be one of an image with this digest, whose RAM has `pages` pages.
+pub fn load(path: &Path, digest: Option<[u8; 32]>, pages: u64) -> Result<WorkingSet, WorkingSetFileError> {
     let fail = |source| WorkingSetFileError::Read {
         path: path.to_path_buf(),
         source,
@@ -56,7 +55,7 @@ pub fn load(path: &Path, source: &dyn PageSource, pages: u64) -> Result<WorkingS
         .read_to_end(&mut bytes)
         .map_err(fail)?;
     WorkingSet::decode(&bytes)
-        .and_then(|set| set.check(source.digest(), pages).map(|()| set))
+        .and_then(|set| set.check(digest, pages).map(|()| set))
         .map_err(|source| WorkingSetFileError::Unusable {
             path: path.to_path_buf(),
             source,
@@ -99,11 +98,11 @@ impl Recording {
         }
     }
 
-    /// Writes what was touched so far of `source`.
-    fn write(&self, source: &dyn PageSource, pages: u64) -> Result<(), WorkingSetFileError> {
+    /// Writes what was touched so far of RAM with this digest.
+    fn write(&self, digest: Option<[u8; 32]>, pages: u64) -> Result<(), WorkingSetFileError> {
         let touched = self.touched.finish();
         // Without a digest nothing is recorded: see where the options are checked.
-        let set = WorkingSet::new(source.digest().unwrap_or_default(), pages, &touched);
+        let set = WorkingSet::new(digest.unwrap_or_default(), pages, &touched);
         let file = self.file()?;
         file.file()
             .write_all(&set.encode())
@@ -116,7 +115,7 @@ impl Recording {
     /// Begins to wait for the end of the time, in a thread of its own.
     pub(crate) fn start(
         self,
-        source: Arc<dyn PageSource>,
+        digest: Option<[u8; 32]>,
         pages: u64,
     ) -> Result<RunningRecording, WorkingSetFileError> {
         let (end, ended) = mpsc::channel();
@@ -129,7 +128,7 @@ impl Recording {
             .spawn(move || {
                 // The time is over, or the VM is: either way what there is is written.
                 let _ = ended.recv_timeout(self.time);
-                self.write(&*source, pages)
+                self.write(digest, pages)
             })
             .map_err(error)?;
         Ok(RunningRecording { end, thread })

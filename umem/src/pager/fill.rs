@@ -59,12 +59,12 @@ impl Shared {
             step,
             step_ranges: (step / unit) as usize,
         };
-        let ended = match fill {
-            Fill::Off => return,
+        let ended = filler.load_uncertain().and_then(|()| match fill {
+            Fill::Off => Ok(()),
             Fill::Sequential => filler.load_all(false),
             Fill::NearFaults => filler.load_all(true),
             Fill::Recorded(set) => filler.replay(set),
-        };
+        });
         match ended {
             Ok(()) | Err(Ended::Stopped) => {}
             Err(Ended::Failed(error)) => self.fail(error),
@@ -73,6 +73,17 @@ impl Shared {
 }
 
 impl Filler<'_> {
+    /// Loads what a pager before this one may have installed, or not: if nobody touches it again, nobody else would find out.
+    fn load_uncertain(&mut self) -> Result<(), Ended> {
+        let shared = self.shared;
+        for unit in &shared.uncertain {
+            shared.schedule.pass_gate()?;
+            self.claim(shared.states.unit_of(*unit));
+            self.fetch()?;
+        }
+        Ok(())
+    }
+
     /// Loads all pages that hold something, near to the latest fault first if that is to be followed. Zero pages are not
     /// loaded: when nothing else is missing, the region is released, and what is absent then is the kernel's to fill with
     /// zeros, as in any memory.

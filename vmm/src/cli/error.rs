@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt::Write;
 
 use thiserror::Error;
+use umem::handoff::AttachError;
 use umem::image::{self, WriteError};
 use umem::link::{CredentialsError, ListenError};
 use umem::pager::{PagerError, StartError};
@@ -59,6 +60,9 @@ pub(super) enum CommandError {
     /// No TLS without certificates.
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
+    /// No pager in another process, or none that has the image.
+    #[error("cannot have guest memory served by another process")]
+    Attach(#[from] AttachError),
     /// Nobody can be served.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -143,6 +147,7 @@ impl CommandError {
             | Self::Listen(_)
             | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })
+            | Self::Attach(AttachError::Refused { .. })
             | Self::LogFile { .. }
             | Self::Layout(_)
             | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
@@ -155,7 +160,7 @@ impl CommandError {
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
             Self::HostLacks(_) => exit_code::HOST,
-            Self::Remote(_) => exit_code::SOURCE_LOST,
+            Self::Remote(_) | Self::Attach(_) => exit_code::SOURCE_LOST,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use thiserror::Error;
+use umem::handoff::PagerAddress;
 use umem::link::AddressError;
 use umem::source::remote::RemoteUrl;
 
@@ -238,6 +239,8 @@ pub(super) enum SourceUrl {
     Zero,
     /// `file:PATH`
     File(std::path::PathBuf),
+    /// `attach:PATH` or `attach:PATH#NAME`: a pager in another process.
+    Pager(PagerAddress),
     /// `unix:PATH`, `unix:PATH#NAME`, `tcp:HOST:PORT` or `tcp:HOST:PORT/NAME`: a page server.
     Remote(RemoteUrl),
 }
@@ -249,11 +252,12 @@ impl FromStr for SourceUrl {
         match text.split_once(':') {
             Some(("zero", "")) => Ok(Self::Zero),
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("attach", address)) => Ok(Self::Pager(address.parse()?)),
             Some(("unix" | "tcp", _)) => text
                 .parse()
                 .map(Self::Remote)
                 .map_err(|error: AddressError| error.to_string()),
-            _ => Err("expected zero:, file:PATH, unix:PATH or tcp:HOST:PORT".into()),
+            _ => Err("expected zero:, file:PATH, unix:PATH, tcp:HOST:PORT or attach:PATH".into()),
         }
     }
 }

@@ -9,10 +9,10 @@ use umem::image::Image;
 use umem::link::{Address, Credentials};
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
-use umem::source::PageSource;
 use umem::source::file::{Checksums, FileSource};
 use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
+use umem::units::PageIndex;
 
 use super::error::{CommandError, chain, exit_code};
 use super::options::{KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
@@ -21,6 +21,7 @@ use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, Layo
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
+use crate::ram_source::{PagerProcess, RamSource};
 use crate::report::{Report, ReportTarget, milliseconds};
 use crate::signals;
 use crate::working_set::{self, Recording};
@@ -28,7 +29,7 @@ use crate::working_set::{self, Recording};
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
-const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME],source-timeout=30s,\
+const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME]|attach:PATH[#NAME],source-timeout=30s,\
                              connections=N,lz4=on|off,tls-dir=DIR,\
                              backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
                              stripes=N,checksums=on|off";
@@ -163,12 +164,12 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         None => Guest::from_kernel(options, &memory)?,
         Some(image) => Guest::from_image(options, &memory, image)?,
     };
-    let fill = memory.fill(&*guest.source, guest.ram)?;
+    let fill = memory.fill(guest.source.digest(), guest.ram)?;
     let recording = options
         .record_working_set
         .as_deref()
         .map(|path| {
-            memory.check_recordable(&*guest.source)?;
+            memory.check_recordable(&guest.source)?;
             Recording::new(path, options.record_for.0).map_err(CommandError::from)
         })
         .transpose()?;
@@ -194,7 +195,7 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
 
 /// What is in RAM, and how it is entered.
 struct Guest {
-    source: Arc<dyn PageSource>,
+    source: RamSource,
     ram: RamMap,
     entry: firmware::boot_info::BootInfo,
 }
@@ -210,7 +211,7 @@ impl Guest {
         })?;
         let (ram, entry) = (layout.ram(), layout.boot_info());
         Ok(Self {
-            source: Arc::new(LayoutSource::new(layout, Arc::new(ZeroSource))),
+            source: RamSource::Source(Arc::new(LayoutSource::new(layout, Arc::new(ZeroSource)))),
             ram,
             entry,
         })
@@ -251,17 +252,41 @@ impl Guest {
             None => source,
             Some(command_line) => {
                 let layout = Layout::with_command_line(size, entry, metadata.initramfs, command_line)?;
-                Arc::new(LayoutSource::new(layout, source))
+                lay_over(source, layout, memory)?
             }
         };
         Ok(Self { source, ram, entry })
     }
 }
 
+/// Lays the pages that a layout wrote over RAM from `source`.
+fn lay_over(source: RamSource, layout: Layout, memory: &MemoryOptions) -> Result<RamSource, CommandError> {
+    let mut pager = match source {
+        RamSource::Source(source) => {
+            return Ok(RamSource::Source(Arc::new(LayoutSource::new(layout, source))));
+        }
+        RamSource::Pager(pager) => pager,
+    };
+    if memory.page_size == PageSize::Huge {
+        let text = "--cmdline with another command line than the image's needs small pages when a pager in another process \
+                    serves them: leave hugepages=on away";
+        return Err(CommandError::Usage(text.into()));
+    }
+    let written = layout.pages().filter(|(_, written)| *written);
+    pager.own_pages = written
+        .map(|(index, _)| {
+            let mut page = [0; PAGE_SIZE as usize];
+            layout.read_page(index, &mut page);
+            (PageIndex(index), page.to_vec())
+        })
+        .collect();
+    Ok(RamSource::Pager(pager))
+}
+
 /// An image, wherever it is.
 struct OpenImage {
     name: String,
-    source: Arc<dyn PageSource>,
+    source: RamSource,
     size: u64,
     metadata: Vec<u8>,
 }
@@ -280,9 +305,25 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
             let source = Arc::new(FileSource::new(image, memory.checksums));
             Ok(Some(OpenImage {
                 name: path.display().to_string(),
-                source,
+                source: RamSource::Source(source),
                 size,
                 metadata,
+            }))
+        }
+        [SourceUrl::Pager(address)] => {
+            let connect = || address.describe();
+            let described = signals::with_ending_held_back(connect).map_err(EventLoopError::Signals);
+            let image = described.map_err(MachineError::from)??;
+            Ok(Some(OpenImage {
+                name: address.to_string(),
+                source: RamSource::Pager(PagerProcess {
+                    address: address.clone(),
+                    digest: image.digest,
+                    timeout: memory.source_timeout.0,
+                    own_pages: Vec::new(),
+                }),
+                size: image.pages.saturating_mul(PAGE_SIZE),
+                metadata: image.metadata,
             }))
         }
         several => {
@@ -290,7 +331,7 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
                 .iter()
                 .map(|url| match url {
                     SourceUrl::Remote(url) => Some(url.clone()),
-                    SourceUrl::Zero | SourceUrl::File(_) => None,
+                    SourceUrl::Zero | SourceUrl::File(_) | SourceUrl::Pager(_) => None,
                 })
                 .collect();
             let Some(urls) = urls else {
@@ -309,7 +350,7 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
             let size = source.pages() * PAGE_SIZE;
             Ok(Some(OpenImage {
                 name,
-                source: Arc::new(source),
+                source: RamSource::Source(Arc::new(source)),
                 size,
                 metadata,
             }))
@@ -433,10 +474,10 @@ impl MemoryOptions {
 
 impl MemoryOptions {
     /// The fill of RAM from `source`.
-    fn fill(&self, source: &dyn PageSource, ram: RamMap) -> Result<Fill, CommandError> {
+    fn fill(&self, digest: Option<[u8; 32]>, ram: RamMap) -> Result<Fill, CommandError> {
         Ok(match (self.fill, &self.working_set) {
             (FillPolicy::Recorded, Some(path)) => {
-                Fill::Recorded(Arc::new(working_set::load(path, source, ram.size() / PAGE_SIZE)?))
+                Fill::Recorded(Arc::new(working_set::load(path, digest, ram.size() / PAGE_SIZE)?))
             }
             (FillPolicy::Recorded, None) => {
                 let text = "--memory fill=recorded needs working-set=FILE, which --record-working-set makes";
@@ -453,9 +494,11 @@ impl MemoryOptions {
     }
 
     /// Refuses what would make the record of a working set wrong.
-    fn check_recordable(&self, source: &dyn PageSource) -> Result<(), CommandError> {
+    fn check_recordable(&self, source: &RamSource) -> Result<(), CommandError> {
         let reason = if source.digest().is_none() {
             "needs an image (--memory source=…), whose pages they are"
+        } else if matches!(source, RamSource::Pager(_)) {
+            "needs a source that this process asks: the pager in another process sees what is touched"
         } else if self.fill != FillPolicy::Off {
             "needs fill=off: what a fill has loaded, nobody sees being touched"
         } else if self.page_size == PageSize::Huge {

@@ -1,0 +1,107 @@
+//! Where RAM comes from, and who brings it: a pager of this process, or one in another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use umem::handoff::{AttachedPager, PagerAddress};
+use umem::pager::{Notice, Pager, PagerOptions, PagerStats, StartError};
+use umem::region::Region;
+use umem::source::PageSource;
+use umem::units::PageIndex;
+
+/// Where RAM comes from.
+#[derive(Clone)]
+pub enum RamSource {
+    /// From a source that this process asks.
+    Source(Arc<dyn PageSource>),
+    /// From a pager in another process.
+    Pager(PagerProcess),
+}
+
+/// A pager in another process.
+#[derive(Clone)]
+pub struct PagerProcess {
+    /// Where it is.
+    pub address: PagerAddress,
+    /// The image that it serves RAM from.
+    pub digest: [u8; 32],
+    /// How long it is looked for when it is lost.
+    pub timeout: Duration,
+    /// Pages that are not the image's.
+    pub own_pages: Vec<(PageIndex, Vec<u8>)>,
+}
+
+impl RamSource {
+    /// Its name for people, as a source URL.
+    pub fn url(&self) -> String {
+        match self {
+            Self::Source(source) => source.url(),
+            Self::Pager(pager) => pager.address.to_string(),
+        }
+    }
+
+    /// The identity of what is in it, if it has one.
+    pub fn digest(&self) -> Option<[u8; 32]> {
+        match self {
+            Self::Source(source) => source.digest(),
+            Self::Pager(pager) => Some(pager.digest),
+        }
+    }
+
+    /// Begins to serve `region`.
+    pub(crate) fn serve(
+        &self,
+        region: Arc<Region>,
+        options: PagerOptions,
+        observer: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Result<ServingPager, StartError> {
+        match self {
+            Self::Source(source) => {
+                Pager::start(region, Arc::clone(source), options, observer).map(ServingPager::Own)
+            }
+            Self::Pager(pager) => {
+                let PagerProcess {
+                    address,
+                    digest,
+                    timeout,
+                    own_pages,
+                } = pager.clone();
+                AttachedPager::start(address, digest, timeout, region, options, &own_pages, observer)
+                    .map(ServingPager::Attached)
+            }
+        }
+    }
+}
+
+/// A pager that serves RAM.
+#[derive(Debug)]
+pub(crate) enum ServingPager {
+    Own(Pager),
+    Attached(AttachedPager),
+}
+
+impl ServingPager {
+    /// Ends its work: see [`Pager::stop`].
+    pub(crate) fn stop(&mut self) {
+        match self {
+            Self::Own(pager) => pager.stop(),
+            Self::Attached(pager) => pager.stop(),
+        }
+    }
+
+    /// What was done so far.
+    pub(crate) fn stats(&self) -> PagerStats {
+        match self {
+            Self::Own(pager) => pager.stats(),
+            Self::Attached(pager) => pager.stats(),
+        }
+    }
+
+    /// The most memory that its page-state table can take, in bytes.
+    pub(crate) fn table_size(&self) -> u64 {
+        match self {
+            Self::Own(pager) => pager.table_size(),
+            Self::Attached(pager) => pager.table_size(),
+        }
+    }
+}
