@@ -7,7 +7,7 @@ mod common;
 use std::sync::{Arc, RwLock};
 use std::thread;
 
-use common::{BACKINGS, Fixture, Random, expected, image, start};
+use common::{BACKINGS, Fixture, Random, eventually, expected, image, start};
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
 use umem::source::file::{Checksums, FileSource};
@@ -82,7 +82,7 @@ fn unmapped_pages_are_removed_and_the_rest_is_served() {
         // SAFETY: nobody uses these pages.
         let result = unsafe { libc::munmap(start.wrapping_add(40 * PAGE_SIZE).cast(), 8 * PAGE_SIZE) };
         assert_eq!(result, 0);
-        assert_eq!(pager.stats().states.removed, 8);
+        eventually(pager, |stats| stats.states.removed == 8);
         for page in (0..40).chain(48..64) {
             assert_eq!(
                 read_at(start.wrapping_add(page * PAGE_SIZE)),

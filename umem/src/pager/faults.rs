@@ -126,7 +126,7 @@ impl FaultThread {
         // What was moved away after the fault was read has woken who waits, and is answered where it is now.
         let page = shared.stripes[self.stripe].placement().page_at(fault.address);
         let Some(page) = page else {
-            return self.answer_outside(fault.address);
+            return self.answer_outside(fault);
         };
         let unit = shared.states.unit_of(page);
         match fault.kind {
@@ -168,22 +168,29 @@ impl FaultThread {
 
     /// A fault at an address where none of the region's pages is. Memory that was made larger by mremap is registered in its
     /// whole length, and what is behind the region's end is nobody's: zero, as anywhere.
-    fn answer_outside(&mut self, address: HostAddress) -> Result<(), PagerError> {
+    ///
+    /// The race: memory was moved to that address, and the event that says so is not yet in the queue. Until it has been read
+    /// the kernel refuses to install anything; after that there is a page.
+    fn answer_outside(&mut self, fault: Fault) -> Result<(), PagerError> {
+        let address = fault.address;
         let shared = Arc::clone(&self.shared);
         let stripe = &shared.stripes[self.stripe];
         let pages = PageRange::new(PageIndex(0), shared.page_size.pages());
         let start = HostAddress(address.0 - address.0 % pages.bytes() as u64);
         let place = Piece { pages, start };
-        loop {
-            match shared.try_install(stripe, place, None).stopped {
-                None => return Ok(()),
-                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
-                // There already; or gone, and who waits is to find that out.
-                Some(error) => {
-                    tracing::debug!(%address, %error, "page fault outside the region");
-                    stripe.wake(place.addresses());
-                    return Ok(());
-                }
+        match shared.try_install(stripe, place, None).stopped {
+            None => Ok(()),
+            Some(InstallError::Changing) => {
+                self.read_events().map_err(PagerError::Events)?;
+                // Answered again, in the loop that this was called from.
+                self.faults.push(fault);
+                Ok(())
+            }
+            // There already; or gone, and who waits is to find that out.
+            Some(error) => {
+                tracing::debug!(%address, %error, "page fault outside the region");
+                stripe.wake(place.addresses());
+                Ok(())
             }
         }
     }
