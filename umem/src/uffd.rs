@@ -255,6 +255,9 @@ pub enum InstallError {
     /// The range is no longer registered, or no longer mapped.
     #[error("the range is not registered")]
     NotRegistered,
+    /// The process whose memory it is has ended.
+    #[error("the process with this memory has ended")]
+    Gone,
     /// There is no memory for the page.
     #[error("out of memory for guest pages")]
     OutOfMemory,
@@ -268,7 +271,8 @@ impl From<Errno> for InstallError {
         match errno {
             Errno::EXIST => Self::Exists,
             Errno::AGAIN => Self::Changing,
-            Errno::NOENT | Errno::SRCH => Self::NotRegistered,
+            Errno::NOENT => Self::NotRegistered,
+            Errno::SRCH => Self::Gone,
             Errno::NOMEM => Self::OutOfMemory,
             errno => Self::Other(errno),
         }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
-use super::install::Fetched;
+use super::install::{EVENT_PATIENCE, Fetched, is_transient};
 use super::shared::Shared;
 use super::stripe::Piece;
 use super::{FaultClass, PagerError};
@@ -222,6 +222,10 @@ impl FaultThread {
                 shared.latency[class as usize].record(since.elapsed());
                 return Ok(());
             }
+            if since.elapsed() >= EVENT_PATIENCE {
+                let (page, source) = (unit.start, InstallError::Changing);
+                return Err(PagerError::Install { page, source });
+            }
             self.read_events().map_err(PagerError::Events)?;
         }
     }
@@ -245,9 +249,12 @@ impl FaultThread {
                     break FaultClass::Joined;
                 }
                 Some(InstallError::NotRegistered) if shared.released.load(Acquire) => {
+                    stripe.wake(piece.addresses());
                     break FaultClass::Joined;
                 }
-                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(error) if is_transient(&error) && since.elapsed() < EVENT_PATIENCE => {
+                    self.read_events().map_err(PagerError::Events)?;
+                }
                 Some(source) => {
                     return Err(PagerError::Install {
                         page: unit.start,
@@ -284,8 +291,13 @@ impl FaultThread {
                     stripe.wake(piece.addresses());
                     break;
                 }
-                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => break,
-                Some(InstallError::Changing) => self.read_events().map_err(PagerError::Events)?,
+                Some(InstallError::NotRegistered) if shared.released.load(Acquire) => {
+                    stripe.wake(piece.addresses());
+                    break;
+                }
+                Some(error) if is_transient(&error) && since.elapsed() < EVENT_PATIENCE => {
+                    self.read_events().map_err(PagerError::Events)?;
+                }
                 Some(source) => {
                     return Err(PagerError::Install {
                         page: unit.start,

@@ -1,6 +1,7 @@
 //! Putting content where a page is wanted.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::time::{Duration, Instant};
 
 use super::shared::Shared;
 use super::stripe::{Piece, Stripe};
@@ -11,6 +12,15 @@ use crate::source::Content;
 use crate::states::{Arrival, PageState};
 use crate::uffd::{InstallError, Installed};
 use crate::units::{HUGE_PAGE_SIZE, PAGE_SIZE, PageIndex, PageRange};
+
+/// How long an event may be in the way of an installation: its reader never waits, and who makes it is in the kernel.
+pub(super) const EVENT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whether another try will do better, when the event that is in the way has been read. The kernel looks for the mapping before it
+/// looks whether mappings are changing (Linux 6.10 on), so what was just moved away is said to be not registered.
+pub(super) fn is_transient(error: &InstallError) -> bool {
+    matches!(error, InstallError::Changing | InstallError::NotRegistered)
+}
 
 static ZEROS: [u8; HUGE_PAGE_SIZE] = [0; HUGE_PAGE_SIZE];
 
@@ -50,6 +60,7 @@ impl Shared {
     /// Installs claimed pages from any thread but the fault thread: those of them that are still wanted.
     pub(super) fn deliver(&self, fetched: Fetched<'_>, arrival: Arrival) -> Result<(), PagerError> {
         let mut at = fetched.pages.start;
+        let mut stuck = None;
         while at < fetched.pages.end() {
             let stripe = self.stripe_of(at);
             let placement = stripe.placement();
@@ -72,7 +83,14 @@ impl Shared {
                     return Ok(());
                 }
                 // The fault thread is about to read the event that is in the way.
+                let since = *stuck.get_or_insert_with(Instant::now);
+                if since.elapsed() >= EVENT_PATIENCE {
+                    let source = InstallError::Changing;
+                    return Err(PagerError::Install { page: at, source });
+                }
                 std::thread::yield_now();
+            } else {
+                stuck = None;
             }
             at = installed.end();
         }
@@ -110,6 +128,7 @@ impl Shared {
         match stopped {
             _ if done > 0 => Ok(done / PAGE_SIZE as u64),
             None => Ok(pages.count),
+            Some(error) if is_transient(&error) && !self.released.load(Acquire) => Ok(0),
             Some(InstallError::Changing) => Ok(0),
             // The pager before this one installed it, and was gone before it could say so.
             Some(InstallError::Exists) if self.uncertain.binary_search(&pages.start).is_ok() => {
