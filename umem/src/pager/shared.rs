@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
-use std::{io, thread};
 
 use rustix::fd::OwnedFd;
 
@@ -16,9 +15,6 @@ use crate::source::{Class, Content, PageSink, PageSource, SourceError};
 use crate::states::{Arrival, PageState, PageStates};
 use crate::stats::Histogram;
 use crate::units::{PageIndex, PageRange};
-
-/// How often it is tried to unregister memory that others move at the same time.
-const UNREGISTER_TRIES: u32 = 1000;
 
 /// Somebody waits for a unit that another thread is fetching.
 pub(super) struct Waiting {
@@ -173,7 +169,7 @@ impl Shared {
             return;
         }
         for stripe in &self.stripes {
-            if let Err(error) = self.unregister(stripe) {
+            if let Err(error) = stripe.unregister() {
                 // Nothing is lost: it stays registered and the fault thread goes on answering.
                 tracing::warn!(%error, "cannot unregister guest memory");
                 return;
@@ -195,28 +191,6 @@ impl Shared {
                 }
                 region.collapse(pages);
             }
-        }
-    }
-
-    /// Takes a stripe off its userfaultfd. The race: a piece is being moved meanwhile, and is not where it is thought to be;
-    /// it is when the event has been read. (A piece that is moved after it was looked for, and found to be where it was, stays
-    /// registered, and is answered by the fault thread for as long as that lives.)
-    fn unregister(&self, stripe: &Stripe) -> io::Result<()> {
-        let mut tries = 0;
-        loop {
-            let placement = stripe.placement().clone();
-            let mut result = Ok(());
-            for piece in placement.pieces() {
-                result = result.and(stripe.uffd.unregister(piece.addresses()));
-                // The kernel wakes all waiters before it takes the memory off the userfaultfd. The race: a thread that faults
-                // under the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
-                stripe.wake(piece.addresses());
-            }
-            tries += 1;
-            if (result.is_ok() && *stripe.placement() == placement) || tries == UNREGISTER_TRIES {
-                return result;
-            }
-            thread::yield_now();
         }
     }
 

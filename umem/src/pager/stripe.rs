@@ -3,9 +3,13 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::{io, thread};
 
 use crate::uffd::Userfaultfd;
 use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
+
+/// How often it is tried to unregister memory that others move at the same time.
+const UNREGISTER_TRIES: u32 = 1000;
 
 /// A part of a region with its own userfaultfd, and so with its own thread that reads faults.
 #[derive(Debug)]
@@ -42,6 +46,28 @@ impl Stripe {
     pub(super) fn wake(&self, addresses: Range<HostAddress>) {
         if let Err(error) = self.uffd.wake(addresses.clone()) {
             tracing::debug!(%error, ?addresses, "cannot wake");
+        }
+    }
+
+    /// Takes its memory off its userfaultfd. The race: a piece is being moved meanwhile, and is not where it is thought to be;
+    /// it is when the event has been read. (A piece that is moved after it was looked for, and found to be where it was, stays
+    /// registered, and is answered by the fault thread for as long as that lives.)
+    pub(super) fn unregister(&self) -> io::Result<()> {
+        let mut tries = 0;
+        loop {
+            let placement = self.placement().clone();
+            let mut result = Ok(());
+            for piece in placement.pieces() {
+                result = result.and(self.uffd.unregister(piece.addresses()));
+                // The kernel wakes all waiters before it takes the memory off the userfaultfd. The race: a thread that faults
+                // under the VMA lock in between goes to sleep after that, and nobody would wake it (seen on Linux 6.18).
+                self.wake(piece.addresses());
+            }
+            tries += 1;
+            if (result.is_ok() && *self.placement() == placement) || tries == UNREGISTER_TRIES {
+                return result;
+            }
+            thread::yield_now();
         }
     }
 }
