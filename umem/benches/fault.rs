@@ -17,7 +17,7 @@ use umem::pager::{FaultClass, Fill, Notice, Pager};
 use umem::publish::Existing;
 use umem::region::{Backing, PageSize, Region};
 use umem::source::file::{Checksums, FileSource};
-use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
 use floor::Floor;
@@ -315,10 +315,10 @@ impl PageSource for Constant {
     }
 
     fn try_read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Option<Content>, SourceError> {
-        self.read(pages, buffer).map(Some)
+        self.read(pages, Class::Demand, buffer).map(Some)
     }
 
-    fn read(&self, _: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, _: PageRange, _: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         for page in buffer.chunks_mut(PAGE_SIZE) {
             page.copy_from_slice(&CONTENT);
         }

@@ -367,12 +367,21 @@ impl Userfaultfd {
 
     /// Installs copies of `content` (whole pages) from `at` on and wakes who waits for them. Never replaces a page.
     pub fn copy(&self, at: HostAddress, content: &[u8]) -> Installed {
+        self.copy_in_mode(at, content, 0)
+    }
+
+    /// The same, and wakes nobody.
+    pub fn copy_silently(&self, at: HostAddress, content: &[u8]) -> Installed {
+        self.copy_in_mode(at, content, u64::from(sys::UFFDIO_COPY_MODE_DONTWAKE))
+    }
+
+    fn copy_in_mode(&self, at: HostAddress, content: &[u8], mode: u64) -> Installed {
         let len = content.len() as u64;
         let mut copy = sys::uffdio_copy {
             dst: at.0,
             src: content.as_ptr() as u64,
             len,
-            mode: 0,
+            mode,
             copy: 0,
         };
         // SAFETY: UFFDIO_COPY takes this structure, reads `content` and writes only pages that did not exist, in ranges

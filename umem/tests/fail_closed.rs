@@ -17,7 +17,7 @@ use umem::image::Image;
 use umem::pager::{Fill, Notice, Pager, PagerError, StartError};
 use umem::region::{Backing, PageSize, Region};
 use umem::source::file::{Checksums, FileSource};
-use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
 const PAGES: u64 = 4096;
@@ -197,7 +197,7 @@ impl PageSource for Gated {
         Ok(None)
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, _: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         self.reading.fetch_add(1, SeqCst);
         self.wait(&self.reads_go);
         if pages.start.0 >= self.data_until {

@@ -12,7 +12,7 @@ use common::{
 use umem::pager::{Fill, PagerOptions, TouchRecord};
 use umem::region::{Backing, PageSize};
 use umem::source::file::{Checksums, FileSource};
-use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 use umem::working_set::WorkingSet;
 
@@ -62,7 +62,7 @@ impl PageSource for Stepped {
         Ok(Some(Self::write(pages, buffer)))
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, _: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         let mut fills = self.fills.lock().unwrap();
         fills.0.push(pages);
         let number = fills.0.len() as u64;

@@ -15,7 +15,7 @@ use umem::pager::Fill;
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::zero::ZeroSource;
-use umem::source::{Content, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageRange};
 
 #[test]
@@ -212,7 +212,7 @@ impl PageSource for Moody {
         Ok((self.roll(2) == 0).then(|| Self::write(pages, buffer)))
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, _: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         (0..self.roll(4)).for_each(|_| thread::yield_now());
         let content = Self::write(pages, buffer);
         (0..self.roll(4)).for_each(|_| thread::yield_now());

@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
-use super::install::{EVENT_PATIENCE, Fetched, is_transient};
+use super::install::{EVENT_PATIENCE, Fetched, Wake, is_transient};
 use super::shared::Shared;
 use super::stripe::Piece;
 use super::{FaultClass, PagerError};
@@ -213,7 +213,7 @@ impl FaultThread {
                 return Ok(());
             };
             let bytes = Fetched::new(unit, content, &self.buffer).bytes_of(unit);
-            if shared.install(stripe, piece, bytes)? > 0 {
+            if shared.install(stripe, piece, bytes, Wake::Now)? > 0 {
                 let (arrival, class) = match bytes {
                     Some(_) => (Arrival::Demand, FaultClass::Immediate),
                     None => (Arrival::Zero, FaultClass::Zero),

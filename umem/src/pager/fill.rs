@@ -8,7 +8,7 @@ use super::order::Order;
 use super::shared::Shared;
 use super::{Fill, PagerError};
 use crate::region::PageSize;
-use crate::schedule::Stopped;
+use crate::schedule::{Stopped, step_back};
 use crate::source::{Class, MAX_REQUEST_RANGES};
 use crate::states::{Arrival, PageState};
 use crate::units::{PageIndex, PageRange};
@@ -50,6 +50,7 @@ struct Filler<'a> {
 impl Shared {
     /// The fill thread.
     pub(super) fn fill(self: Arc<Self>, fill: &Fill) {
+        step_back();
         let unit = self.page_size.pages();
         let step = FILL_STEP.max(unit);
         let mut filler = Filler {
@@ -250,7 +251,7 @@ impl Filler<'_> {
                 continue;
             }
             let buffer = &mut self.buffer[..run.bytes()];
-            let delivered = match shared.source.read(run, buffer) {
+            let delivered = match shared.source.read(run, Class::Background, buffer) {
                 Ok(content) => shared.deliver(Fetched::new(run, content, buffer), Arrival::Prefetched),
                 Err(error) => {
                     // One page of them cannot be had. Who waits for another asks again, for that one alone.

@@ -13,6 +13,15 @@ use crate::states::{Arrival, PageState};
 use crate::uffd::{InstallError, Installed};
 use crate::units::{HUGE_PAGE_SIZE, PAGE_SIZE, PageIndex, PageRange};
 
+/// When who waits for a page is woken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wake {
+    /// By the installation.
+    Now,
+    /// By the caller; by the installation all the same where that is a zero page.
+    Later,
+}
+
 /// How long an event may be in the way of an installation: its reader never waits, and who makes it is in the kernel.
 pub(super) const EVENT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -71,12 +80,22 @@ impl Shared {
                 continue;
             };
             let bytes = fetched.bytes_of(piece.pages);
-            let installed = PageRange::new(at, self.install(stripe, piece, bytes)?);
+            // Who is woken may fault again at once, and that fault is read by a thread which needs the placement: it is let go of
+            // first.
+            let wake = if arrival == Arrival::Demand {
+                Wake::Later
+            } else {
+                Wake::Now
+            };
+            let installed = PageRange::new(at, self.install(stripe, piece, bytes, wake)?);
             for unit in self.states.units(installed) {
                 self.states
                     .arrive(unit, if bytes.is_none() { Arrival::Zero } else { arrival });
             }
             drop(placement);
+            if wake == Wake::Later && installed.count > 0 {
+                stripe.wake(piece.addresses());
+            }
             self.record_waiting(installed);
             if installed.count == 0 {
                 if stripe.events_ended.load(Acquire) {
@@ -115,16 +134,20 @@ impl Shared {
     }
 
     /// Installs the pages of `piece` or the first of them, by what their bytes are (`None`: zero), and wakes who waits for
-    /// them. Answers how many; 0 says that an event must be read first.
+    /// them as `wake` says. Answers how many; 0 says that an event must be read first.
     pub(super) fn install(
         &self,
         stripe: &Stripe,
         piece: Piece,
         bytes: Option<&[u8]>,
+        wake: Wake,
     ) -> Result<u64, PagerError> {
         let unit = self.page_size.pages();
         let pages = piece.pages;
-        let Installed { bytes: done, stopped } = self.try_install(stripe, piece, bytes);
+        let Installed { bytes: done, stopped } = match (bytes, wake) {
+            (Some(bytes), Wake::Later) => stripe.uffd.copy_silently(piece.start, bytes),
+            _ => self.try_install(stripe, piece, bytes),
+        };
         match stopped {
             _ if done > 0 => Ok(done / PAGE_SIZE as u64),
             None => Ok(pages.count),

@@ -62,7 +62,7 @@ impl Shared {
     pub(super) fn serve_demand(self: Arc<Self>) {
         let mut buffer = Self::buffer(self.page_size.pages());
         while let Ok(unit) = self.schedule.take() {
-            let result = match self.source.read(unit, &mut buffer) {
+            let result = match self.source.read(unit, Class::Demand, &mut buffer) {
                 Ok(content) => self.deliver(Fetched::new(unit, content, &buffer), Arrival::Demand),
                 Err(error) => Err(self.source_error(error)),
             };

@@ -18,6 +18,7 @@ use super::{KEEP_ALIVE, PATIENCE, STEP, Shared};
 use crate::channel::{ChannelError, Receiver, Sender};
 use crate::image::{ReadError, Wait};
 use crate::link::Stream;
+use crate::schedule::step_back;
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 use crate::wire::{
     Bitmap, BitmapKind, BitmapRequest, ChannelKind, Checksums, Encoding, Epoch, FailCode, Failed, Features,
@@ -151,6 +152,9 @@ impl Shared {
             session: welcome.session,
         };
         self.metrics.open(kind);
+        if kind == ChannelKind::Background {
+            step_back();
+        }
         self.join(number, client);
         let welcomed = channel.sender().send(&Message::Welcome(welcome));
         receiver.incoming.open(kind, Role::Fetcher, features);

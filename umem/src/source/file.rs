@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::{Content, PageSource, SourceError, SourceStats};
+use super::{Class, Content, PageSource, SourceError, SourceStats};
 use crate::image::{Image, ReadError, Wait};
 use crate::units::{PAGE_SIZE, PageRange};
 
@@ -103,7 +103,7 @@ impl PageSource for FileSource {
         self.get(pages, Wait::No, buffer)
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, _: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         let answer = self.get(pages, Wait::Yes, buffer)?;
         // It may wait, so it has an answer; were there none, a guess would be a wrong page.
         answer.ok_or_else(|| {

@@ -84,8 +84,8 @@ pub trait PageSource: Send + Sync {
     /// `pages`. Called by the thread that reads faults, so it must neither block nor allocate.
     fn try_read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Option<Content>, SourceError>;
 
-    /// The content of `pages`. `buffer` is as long as `pages`.
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError>;
+    /// The content of `pages`, for who waits as `class` says. `buffer` is as long as `pages`.
+    fn read(&self, pages: PageRange, class: Class, buffer: &mut [u8]) -> Result<Content, SourceError>;
 
     /// The first run of pages in `within` that may hold something; everything before it is zero, and `None` says that all of
     /// `within` is. Of pages that are in no such run nothing is ever fetched by a background fill. May wait.

@@ -225,14 +225,14 @@ impl PageSource for RemoteSource {
         Ok(zero.then_some(Content::Zero))
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, class: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         let (answer, answered) = sync_channel(1);
         let wanted = Wanted::Read {
             pages,
             buffer: vec![0; pages.bytes()],
             answer,
         };
-        self.shared.lane(Class::Background).ask(vec![pages], wanted);
+        self.shared.lane(class).ask(vec![pages], wanted);
         let content = answered
             .recv()
             .unwrap_or_else(|_| Err(SourceError::Lost(RemoteError::Closed.into())))?;

@@ -1,6 +1,6 @@
 //! Nothing but zero pages.
 
-use super::{Content, PageSource, SourceError, SourceStats};
+use super::{Class, Content, PageSource, SourceError, SourceStats};
 use crate::units::PageRange;
 
 /// The source of memory that begins empty.
@@ -16,7 +16,7 @@ impl PageSource for ZeroSource {
         Ok(Some(Content::Zero))
     }
 
-    fn read(&self, _: PageRange, _: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, _: PageRange, _: Class, _: &mut [u8]) -> Result<Content, SourceError> {
         Ok(Content::Zero)
     }
 

@@ -74,11 +74,11 @@ impl PageSource for LayoutSource {
         Ok(base.map(|base| self.overlay(pages, base, buffer)))
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SourceError> {
+    fn read(&self, pages: PageRange, class: Class, buffer: &mut [u8]) -> Result<Content, SourceError> {
         let base = if self.is_written(pages) {
             Content::Zero
         } else {
-            self.base.read(pages, buffer)?
+            self.base.read(pages, class, buffer)?
         };
         Ok(self.overlay(pages, base, buffer))
     }
@@ -134,7 +134,10 @@ mod tests {
         let source = source();
         let all = PageRange::new(PageIndex(0), 4096);
         let mut whole = vec![0xaa; all.bytes()];
-        assert_eq!(source.read(all, &mut whole).unwrap(), Content::Data);
+        assert_eq!(
+            source.read(all, Class::Demand, &mut whole).unwrap(),
+            Content::Data
+        );
         for page in all.pages() {
             let mut one = [0xaa; PAGE_SIZE];
             match source.try_read(PageRange::single(page), &mut one).unwrap() {

@@ -172,8 +172,10 @@ impl Lane {
             state.waiting_since = Instant::now();
         }
         self.send(&mut state, id);
+        // Nobody waits here while there is a connection, and to wake nobody is a system call all the same.
+        let paused = first && state.current.is_none();
         drop(state);
-        if first {
+        if paused {
             self.changed.notify_all();
         }
     }

@@ -42,7 +42,7 @@ fn pages_come_raw_and_compressed_and_only_what_was_offered_is_used() {
         let data = pages.filter(|page| !page.0.is_multiple_of(7)).count();
         assert_eq!(source.stats().bytes, (data * PAGE_SIZE) as u64);
         let mut buffer = vec![0; 3 * PAGE_SIZE];
-        source.read(range(8, 3), &mut buffer).unwrap();
+        source.read(range(8, 3), Class::Demand, &mut buffer).unwrap();
         assert_eq!(buffer, [content(8), content(9), content(10)].concat());
         assert_eq!(source.next_data(range(7, 100)).unwrap(), Some(range(8, 6)));
         assert_eq!(source.stats().reconnects, 0);
