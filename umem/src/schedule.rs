@@ -6,6 +6,7 @@
 //! cannot wait for something that waits for demand.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::units::PageRange;
@@ -13,9 +14,10 @@ use crate::units::PageRange;
 /// Demand that fits without allocating: as many threads can wait at a time.
 const CAPACITY: usize = 1024;
 
-/// Steps of background work under way at a time: enough to keep a connection busy, few enough that demand which comes after
-/// them is not long behind.
-const WINDOW: usize = 16;
+/// Steps of background work under way at a time: at most as many as keep a connection busy. Demand that comes after them is
+/// behind them where they share a link or a processor, so each demand halves the number, and each step that ends without demand
+/// adds one.
+const WINDOW: RangeInclusive<usize> = 2..=16;
 
 /// Of threads that work for the background: a tenth of the weight of others where they compete for a CPU.
 const BACKGROUND_NICENESS: i32 = 10;
@@ -72,6 +74,8 @@ struct Inner {
     outstanding: usize,
     /// Steps of background work that have begun and not ended.
     background_outstanding: usize,
+    /// How many there may be.
+    window: usize,
     /// Counts what background waits for.
     progress: u64,
     /// Threads that wait for `background`: waking nobody is a system call all the same.
@@ -89,6 +93,7 @@ impl Schedule {
             queue: VecDeque::with_capacity(CAPACITY),
             outstanding: 0,
             background_outstanding: 0,
+            window: *WINDOW.end(),
             progress: 0,
             waiting: 0,
             stopped: false,
@@ -102,7 +107,9 @@ impl Schedule {
 
     /// Somebody waits for a page that is about to be asked for: closes the gate.
     pub(crate) fn begin_demand(&self) {
-        self.lock().outstanding += 1;
+        let mut inner = self.lock();
+        inner.outstanding += 1;
+        inner.window = (inner.window / 2).max(*WINDOW.start());
     }
 
     /// Hands a claimed unit, whose demand has begun, to the readers.
@@ -142,6 +149,9 @@ impl Schedule {
     pub(crate) fn end_background(&self) {
         let mut inner = self.lock();
         inner.background_outstanding -= 1;
+        if inner.outstanding == 0 {
+            inner.window = (inner.window + 1).min(*WINDOW.end());
+        }
         inner.progress += 1;
         self.wake_background(inner);
     }
@@ -149,7 +159,7 @@ impl Schedule {
     /// The gate: waits until no demand is outstanding, and less than the window of background work.
     pub(crate) fn pass_gate(&self) -> Result<(), Stopped> {
         let mut inner = self.lock();
-        while (inner.outstanding > 0 || inner.background_outstanding >= WINDOW) && !inner.stopped {
+        while (inner.outstanding > 0 || inner.background_outstanding >= inner.window) && !inner.stopped {
             inner = self.wait_in_background(inner);
         }
         if inner.stopped { Err(Stopped) } else { Ok(()) }
@@ -254,6 +264,21 @@ mod tests {
             schedule.end_demand();
             gate.join().unwrap();
         });
+    }
+
+    #[test]
+    fn the_window_shrinks_with_demand_and_grows_without() {
+        let schedule = Schedule::new();
+        for _ in 0..5 {
+            schedule.begin_demand();
+            schedule.end_demand();
+        }
+        assert_eq!(schedule.lock().window, 2);
+        for ended in 0..20 {
+            schedule.begin_background();
+            schedule.end_background();
+            assert_eq!(schedule.lock().window, (3 + ended).min(16));
+        }
     }
 
     #[test]
