@@ -416,8 +416,9 @@ fn one_lie_is_found_and_the_pages_are_asked_for_again() {
             let vm = served(&[&liar.url()]).memory(&format!("fill={fill}")).run();
             assert_right(&vm, MIB);
             assert!(vm.stderr.contains(untruth.1), "{}", vm.stderr);
-            assert_eq!(vm.report().count("/source/reconnects"), 1, "{}", vm.stderr);
-            assert_eq!(liar.connections(), 3);
+            // None, if the guest asked for all that was left before the fill's connection was made anew.
+            assert!(vm.report().count("/source/reconnects") <= 1, "{}", vm.stderr);
+            assert!(liar.connections() <= 3);
         }
     }
 }
@@ -566,7 +567,11 @@ fn a_server_that_turns_into_another_one_is_lost_in_time() {
         let vm = Vm::default()
             .memory(&format!("source={},source-timeout=1s", liar.url()))
             .run();
-        ends(&vm, 4, &[word, "no page server was reached for 1 s"]);
+        ends(
+            &vm,
+            4,
+            &[word, "no page server was reached and gave an answer for 1 s"],
+        );
         assert!(since.elapsed() < MARGIN, "{:?}", since.elapsed());
     }
 }

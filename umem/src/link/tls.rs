@@ -206,8 +206,14 @@ impl TlsStream {
                 return Ok(());
             }
             self.wait(PollFlags::IN, deadline)?;
-            if !incoming.receive(&self.tcp)? {
-                return Err(TlsError::Closed.into());
+            match incoming.receive(&self.tcp) {
+                Ok(true) => {}
+                Ok(false) => return Err(TlsError::Closed.into()),
+                // Who does not understand what it reads may close without reading the rest.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(TlsError::Closed.into());
+                }
+                Err(error) => return Err(error),
             }
             let mut connection = self.connection();
             while !incoming.is_empty() && connection.is_handshaking() {

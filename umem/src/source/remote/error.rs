@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::channel::ChannelError;
+use crate::stats::seconds;
 use crate::units::{PageIndex, PageRange};
 use crate::wire::{FailCode, RefuseCode};
 
@@ -57,7 +58,7 @@ pub enum RemoteError {
         page: PageIndex,
     },
     /// It was not reached again in time, or was and gave nothing.
-    #[error("no page server was reached and gave an answer for {after:?}, last tried {url}")]
+    #[error("no page server was reached and gave an answer for {}, last tried {url}", seconds(*.after))]
     TimedOut {
         /// How long it was tried.
         after: Duration,

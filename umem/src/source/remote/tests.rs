@@ -225,7 +225,7 @@ fn a_server_that_only_welcomes_is_given_up() {
         "{:?}",
         since.elapsed()
     );
-    assert!(failure.contains("for 700ms"), "{failure}");
+    assert!(failure.contains("for 0.7 s"), "{failure}");
     // Closed, or reset where it had not read what was asked.
     assert!(failure.contains("the connection to"), "{failure}");
     drop(source);
@@ -292,7 +292,7 @@ fn a_frozen_server_is_noticed_in_time() {
         hears.recv_timeout(PATIENCE).unwrap();
         if alone {
             let failure = sink.wait_for_failure();
-            assert!(failure.contains("for 2s"), "{failure}");
+            assert!(failure.contains("for 2 s"), "{failure}");
         } else {
             sink.wait_for(&once(&[range(1, 1)]), [1, 0]);
         }
