@@ -52,6 +52,8 @@ struct Link {
     since: Instant,
     /// When something came last.
     heard: Instant,
+    /// When an answer came last, or the connection was made.
+    answered: Instant,
     /// When the server was asked for a sign of life, if nothing has come since.
     asked: Option<Instant>,
     /// For pages that came compressed.
@@ -123,6 +125,7 @@ impl Keeper {
             keep_alive,
             since: now,
             heard: now,
+            answered: now,
             asked: None,
             buffer: vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE],
         })
@@ -131,7 +134,7 @@ impl Keeper {
     /// A connection has ended. What it was asked is asked again elsewhere, or, after a goodbye, still answered by it.
     fn lose(&mut self, link: Link, ended: Ended) -> ControlFlow<()> {
         let shared = Arc::clone(&self.shared);
-        let (server, heard, lasted) = (link.server, link.heard, link.since.elapsed());
+        let (server, answered_at, lasted) = (link.server, link.answered, link.since.elapsed());
         let url = &shared.urls[server];
         let answered = self.note_answers();
         if let Ended::Goodbye = ended {
@@ -147,7 +150,7 @@ impl Keeper {
         let next = (server + 1) % shared.urls.len();
         let since = match &ended {
             // From then on it was of no use.
-            Ended::Channel(ChannelError::Quiet) => heard,
+            Ended::Channel(ChannelError::Quiet) => answered_at,
             _ => Instant::now(),
         };
         // A server that was of use and was lost may be there again; one that was of none is the last to be tried again.
@@ -302,6 +305,14 @@ impl Shared {
         };
         link.heard = Instant::now();
         link.asked = None;
+        if matches!(
+            message,
+            Message::Pages(_) | Message::Zero(_) | Message::Bitmap(_) | Message::Failed(_)
+        ) {
+            link.answered = link.heard;
+        } else if self.waits_in_vain(lane, link.answered) {
+            return Err(Ended::Channel(ChannelError::Quiet));
+        }
         let from = Origin {
             lane,
             generation: link.generation,
@@ -322,6 +333,11 @@ impl Shared {
         }
     }
 
+    /// Whether somebody has waited for the whole time-out, whatever else the server has said.
+    fn waits_in_vain(&self, lane: &Lane, answered: Instant) -> bool {
+        lane.waited(answered).is_some_and(|waited| waited >= self.timeout)
+    }
+
     /// Nothing came. A link that is dead says nothing, and so does a server with nothing to say: it is asked for a sign, sooner
     /// if somebody waits.
     fn be_patient(
@@ -330,6 +346,9 @@ impl Shared {
         link: &mut Link,
         sender: Option<&mut Sender>,
     ) -> Result<(), Ended> {
+        if self.waits_in_vain(lane, link.answered) {
+            return Err(Ended::Channel(ChannelError::Quiet));
+        }
         let waiting = lane.is_waiting().then_some(self.silence);
         let Some(limit) = link.keep_alive.into_iter().chain(waiting).min() else {
             return Ok(());

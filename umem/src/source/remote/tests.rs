@@ -260,6 +260,33 @@ fn a_server_that_closes_after_each_answer_is_good_enough() {
     println!("{:?}", since.elapsed());
 }
 
+/// A server that shows signs of life and gives no page is of no more use than one that is gone.
+#[test]
+fn a_server_that_answers_nothing_but_pings_is_given_up() {
+    let place = Place::new();
+    place.serve(|_, mut channel, caller| {
+        channel.welcome(&caller);
+        loop {
+            let pong = match channel.receiver.receive() {
+                Ok(Message::MetadataRequest { request }) => Message::Metadata {
+                    request,
+                    bytes: METADATA,
+                },
+                Ok(Message::Ping { token }) => Message::Pong { token },
+                Ok(_) => continue,
+                Err(_) => break,
+            };
+            if channel.sender.send(&pong).is_err() {
+                break;
+            }
+        }
+    });
+    let (source, sink) = connect(&[&place], options(Duration::from_secs(1)));
+    source.submit(&[range(1, 1)], Class::Demand);
+    let failure = sink.wait_for_failure();
+    assert!(failure.contains("gave an answer for 1 s"), "{failure}");
+}
+
 /// A server that was stopped takes connections, because the kernel does, and says nothing.
 #[test]
 fn a_frozen_server_is_noticed_in_time() {
