@@ -1,6 +1,6 @@
 //! How fast RAM comes from a page server, against the least that the same machine could do in the same run.
 //!
-//!     cargo bench -p umem --bench remote
+//!     cargo bench -p umem --bench remote [-- bulk|demand|demand-under-fill …]
 //!
 //! `docs/page-service.md` says what is measured and what it means.
 
@@ -42,9 +42,21 @@ fn main() {
     let directory = tempfile::tempdir().expect("a directory for the image");
     let path = directory.path().join("image");
     make_image(&path);
-    bulk(&path);
-    demand(&path);
-    demand_under_fill(&path);
+    // `cargo bench` adds options of its own.
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with("--"))
+        .collect();
+    let parts: [(&str, fn(&Path)); 3] = [
+        ("bulk", bulk),
+        ("demand", demand),
+        ("demand-under-fill", demand_under_fill),
+    ];
+    for (name, part) in parts {
+        if wanted.is_empty() || wanted.iter().any(|word| word == name) {
+            part(&path);
+        }
+    }
 }
 
 /// Every page different, none zero, and nothing that could be compressed.
