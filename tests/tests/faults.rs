@@ -31,14 +31,17 @@ const FAULT_SEED: &str = "UMEM_FAULT_SEED";
 const AT_ONCE: usize = 2;
 
 /// What a run is made of besides its faults, as options of `--memory`. A new dimension is a line.
-const DIMENSIONS: [&[&str]; 2] = [
+const DIMENSIONS: [&[&str]; 5] = [
     &[
         "fill=off",
         "fill=sequential",
-        "fill=sequential",
-        "fill=sequential",
+        "fill=near-faults",
+        "fill=near-faults",
     ],
     &["backing=memfd", "backing=anonymous"],
+    &["connections=1", "connections=1", "connections=4"],
+    &["lz4=off", "lz4=off", "lz4=on"],
+    &["stripes=1", "stripes=3"],
 ];
 
 /// How long a VM looks for its server: where the network gets well again, and where it does not.
