@@ -184,13 +184,13 @@ impl Peer {
     fn send_bitmap(&mut self, image: &Image, wanted: BitmapRequest) {
         let BitmapRequest { request, kind, range } = wanted;
         let mut bits = vec![0; range.count.div_ceil(8) as usize];
-        let mut next = range.start;
-        while let Some(run) = image.next_with_checksum(next).unwrap() {
-            for page in run.clamp_to(range.end()).pages() {
+        let mut rest = range;
+        while let Some(run) = image.next_with_checksum(rest).unwrap() {
+            for page in run.pages() {
                 let bit = page.0 - range.start.0;
                 bits[(bit / 8) as usize] |= 1 << (bit % 8);
             }
-            next = PageIndex(run.end().0);
+            rest = rest.from(run.end());
         }
         let bits = &bits;
         self.send(&Message::Bitmap(Bitmap {

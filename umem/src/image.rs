@@ -397,13 +397,8 @@ impl Image {
         Ok(Some(PageRange::new(start, stop.0 - start.0)))
     }
 
-    /// The next run of pages, at or after `from`, that hold something by the checksum table; everything before it is zero.
-    pub fn next_with_checksum(&self, from: PageIndex) -> Result<Option<PageRange>, ReadError> {
-        self.next_with_checksum_in(PageRange::new(from, self.pages().saturating_sub(from.0)))
-    }
-
-    /// The first run of pages in `within` that hold something by the checksum table.
-    pub fn next_with_checksum_in(&self, within: PageRange) -> Result<Option<PageRange>, ReadError> {
+    /// The first run of pages in `within` that hold something by the checksum table; everything before it is zero.
+    pub fn next_with_checksum(&self, within: PageRange) -> Result<Option<PageRange>, ReadError> {
         let end = within.end().min(PageIndex(self.pages()));
         let mut at = within.start;
         let mut block = [0; CHECKSUMS_PER_BLOCK as usize];

@@ -399,11 +399,6 @@ impl Pager {
         self.shared.states.table_size()
     }
 
-    /// The source it serves from.
-    pub fn source(&self) -> &Arc<dyn PageSource> {
-        &self.shared.source
-    }
-
     fn spawn(
         &self,
         name: String,

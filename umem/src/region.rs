@@ -207,12 +207,6 @@ impl Region {
         self.addresses(PageRange::new(PageIndex(0), self.pages()))
     }
 
-    /// The page at `address`, if it is one of this region's.
-    pub fn page_at(&self, address: HostAddress) -> Option<PageIndex> {
-        let offset = address.0.checked_sub(self.start as u64)?;
-        (offset < self.size()).then(|| PageIndex::containing(offset))
-    }
-
     /// The features that a userfaultfd needs to serve it, and how it is registered.
     pub fn registration(&self) -> (Features, RegisterMode) {
         let small = self.page_size == PageSize::Small;
@@ -436,19 +430,5 @@ mod tests {
         assert!(matches!(new(1 << 63), RegionError::TooLarge { .. }));
         let huge = Region::new(PAGE_SIZE as u64, Backing::Memfd, PageSize::Huge).unwrap_err();
         assert!(matches!(huge, RegionError::Size { unit: 0x20_0000, .. }));
-    }
-
-    #[test]
-    fn addresses_and_pages_are_inverse() {
-        let region = Region::new(16 * PAGE_SIZE as u64, Backing::Anonymous, PageSize::Small).unwrap();
-        for page in 0..16 {
-            let address = region.addresses(PageRange::single(PageIndex(page))).start;
-            assert_eq!(region.page_at(address), Some(PageIndex(page)));
-        }
-        assert_eq!(region.page_at(region.all_addresses().end), None);
-        assert_eq!(
-            region.page_at(HostAddress(region.all_addresses().start.0 - 1)),
-            None
-        );
     }
 }

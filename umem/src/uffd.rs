@@ -292,7 +292,6 @@ pub struct Installed {
 #[derive(Debug)]
 pub struct Userfaultfd {
     fd: OwnedFd,
-    features: Features,
 }
 
 impl Userfaultfd {
@@ -319,7 +318,7 @@ impl Userfaultfd {
         };
         // SAFETY: UFFDIO_API takes this structure.
         match unsafe { update::<UFFDIO_API, _>(fd.as_fd(), &mut api) } {
-            Ok(()) => Ok(Self { fd, features: wanted }),
+            Ok(()) => Ok(Self { fd }),
             // The kernel's word for a feature that it does not know.
             Err(Errno::INVAL) => Err(OpenError::Features {
                 missing: Features(wanted.0 & !Self::probe()?.0),
@@ -328,15 +327,9 @@ impl Userfaultfd {
         }
     }
 
-    /// One that another process opened, with whatever features it has.
+    /// One that another process opened and switched on.
     pub fn from_descriptor(fd: OwnedFd) -> Self {
-        let features = Features(0);
-        Self { fd, features }
-    }
-
-    /// The features that were switched on.
-    pub fn features(&self) -> Features {
-        self.features
+        Self { fd }
     }
 
     /// Registers a page-aligned range: from now on its faults come here.

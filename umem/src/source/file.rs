@@ -119,7 +119,7 @@ impl PageSource for FileSource {
     fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
         // What is a hole in the file is zero only if the checksums agree: it may be damage.
         let found = match self.checksums {
-            Checksums::On => self.image.next_with_checksum_in(within)?,
+            Checksums::On => self.image.next_with_checksum(within)?,
             Checksums::Off => self.image.next_data(within.start)?,
         };
         Ok(found
