@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use umem::image::{Image, Wait};
-use umem::units::{PAGE_SIZE, PageIndex, PageRange};
+use umem::units::{PAGE_SIZE, PageRange};
 use umem::wire::{
     Bitmap, BitmapRequest, ChannelKind, Checksums, Encoding, Epoch, Features, HEADER_SIZE, Header, Hello,
     Message, MessageType, Outgoing, PagesHead, RequestId, Role, SessionId, VERSION, Welcome,

@@ -38,6 +38,9 @@ const TOUCHES: usize = 2000;
 /// Slices of each kind, one of each kind after the other.
 const SLICES: usize = 15;
 
+/// What is measured, by its name, from an image.
+type Part = (&'static str, fn(&Path));
+
 fn main() {
     let directory = tempfile::tempdir().expect("a directory for the image");
     let path = directory.path().join("image");
@@ -47,7 +50,7 @@ fn main() {
         .skip(1)
         .filter(|word| !word.starts_with("--"))
         .collect();
-    let parts: [(&str, fn(&Path)); 3] = [
+    let parts: [Part; 3] = [
         ("bulk", bulk),
         ("demand", demand),
         ("demand-under-fill", demand_under_fill),
