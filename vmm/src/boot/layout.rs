@@ -20,6 +20,7 @@ use vm_memory::{
 };
 
 use super::{
+    bios,
     builtin::GUEST_ELF,
     bzimage::{self, BzImageError},
     command_line::{self, CommandLineError},
@@ -126,6 +127,9 @@ pub enum LayoutError {
     /// The same of Linux.
     #[error("cannot describe the machine to the kernel")]
     BzImage(#[source] BzImageError),
+    /// The same, where it looks for a BIOS.
+    #[error("cannot lay out a reset vector")]
+    Bios(#[source] GuestMemoryError),
     /// The command line is none.
     #[error("cannot describe the machine to the kernel")]
     CommandLine(#[source] CommandLineError),
@@ -153,6 +157,10 @@ impl Layout {
         used.insert_bytes(kernel.start.structures());
         for segment in kernel.segments {
             used.insert_bytes(segment);
+        }
+        if kernel.linux {
+            used.insert_bytes(bios::PAGE);
+            bios::write(&memory).map_err(LayoutError::Bios)?;
         }
         let initramfs_end = kernel.start.initramfs_end().min(ram.low_size());
         let initramfs = match &config.initramfs {

@@ -7,6 +7,7 @@
 //! kernel's entry, and ACPI tables describe the machine.
 
 mod acpi;
+mod bios;
 pub mod builtin;
 mod bzimage;
 mod command_line;
