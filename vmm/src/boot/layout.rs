@@ -371,7 +371,7 @@ fn open(what: &'static str, path: &Path) -> Result<File, LayoutError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::KernelFile;
+    use super::super::testing::{KernelFile, bzimage_file};
     use super::*;
     use std::{collections::BTreeSet, fs};
 
@@ -512,6 +512,49 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    fn linux_config(files: &Files) -> LayoutConfig {
+        fs::write(files.path("vmlinuz"), bzimage_file()).unwrap();
+        LayoutConfig {
+            ram_size: 64 * MIB,
+            kernel: Kernel::File(files.path("vmlinuz")),
+            command_line: Some("quiet".to_owned()),
+            ..files.config_with_initramfs(5000)
+        }
+    }
+
+    #[test]
+    fn linux_has_its_structures_its_kernel_and_a_way_to_reset() {
+        let layout = Layout::build(&linux_config(&Files::new())).unwrap();
+        let boot = layout.boot_info();
+        assert_eq!(boot.protocol, Protocol::LongMode);
+        assert_eq!((boot.entry, boot.argument), (0x100_0200, 0xe_0000));
+        assert_eq!(boot.page_table_root, 0xe_2000);
+        assert!(layout.is_linux());
+        assert_eq!(layout.command_line(), "panic=-1 quiet");
+        // Structures, the BIOS's entry, 4 MiB of kernel, and the initramfs.
+        let expected: Vec<_> = [0xe0..0xe8, 0xff..0x100, 0x1000..0x1400, 0x3ffe..0x4000]
+            .into_iter()
+            .flatten()
+            .collect();
+        assert_eq!(layout.pages().map(|(page, _)| page).collect::<Vec<_>>(), expected);
+        assert_eq!(page(&layout, 0xff)[0xff0..0xff2], [0xb0, 6]);
+    }
+
+    #[test]
+    fn another_command_line_replaces_one_page_of_linux() {
+        let first = Layout::build(&linux_config(&Files::new())).unwrap();
+        let second = Layout::with_command_line(
+            64 * MIB,
+            first.boot_info(),
+            first.initramfs(),
+            first.is_linux(),
+            "panic=5",
+        )
+        .unwrap();
+        assert_eq!(second.pages().collect::<Vec<_>>(), [(0xe1, true)]);
+        assert_eq!(page(&second, 0xe1)[..8], *b"panic=5\0");
     }
 
     #[test]
