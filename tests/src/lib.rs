@@ -9,6 +9,7 @@
 //! - [`proxy`]: a network between them that does what it should not;
 //! - [`peer`]: one end of it that says what it likes;
 //! - [`errors`]: what every error message must be like;
+//! - [`linux`]: an unmodified Linux as a guest;
 //! - [`host`]: what this machine offers, and skipping what needs more;
 //! - [`random`]: moments that nobody chose, and seeds to have them again;
 //! - [`terminal`]: a terminal to run the program in.
@@ -20,6 +21,7 @@
 pub mod certificates;
 pub mod errors;
 pub mod host;
+pub mod linux;
 pub mod peer;
 pub mod program;
 pub mod proxy;

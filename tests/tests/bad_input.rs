@@ -176,13 +176,49 @@ fn kernels_that_cannot_be_booted() {
         elf[at..at + bytes.len()].copy_from_slice(bytes);
         elf
     };
-    let mut bzimage = vec![0; 4096];
-    bzimage[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-    bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+    // Boot protocol 2.15, one sector of setup code, 1,024 bytes of kernel, alignment 2 MiB, 4 MiB needed, linked to 16 MiB.
+    let bzimage = |changes: &[(usize, &[u8])]| {
+        let mut file = vec![0; 2048];
+        let good: [(usize, &[u8]); 10] = [
+            (0x1f1, &[1]),
+            (0x1f4, &[64]),
+            (0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]),
+            (0x202, b"HdrS\x0f\x02"),
+            (0x211, &[1]),
+            (0x232, &[0x20]),
+            (0x234, &[1]),
+            (0x236, &[1]),
+            (0x238, &[0xff, 7]),
+            (0x262, &[0x40]),
+        ];
+        for (at, bytes) in good.iter().chain(changes) {
+            file[*at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        file
+    };
+    let mut arm64_image = vec![0; 4096];
+    arm64_image[0x38..0x3c].copy_from_slice(b"ARM\x64");
     for (name, content, words) in [
-        ("script", b"#!/bin/sh\n".to_vec(), &["not an ELF file", "PVH"][..]),
-        ("empty", Vec::new(), &["not an ELF file"]),
-        ("bzimage", bzimage, &["bzImage", "vmlinux"]),
+        ("script", b"#!/bin/sh\n".to_vec(), &["bzImage", "ELF", "PVH"][..]),
+        ("empty", Vec::new(), &["bzImage", "ELF"]),
+        ("arm64-image", arm64_image, &["aarch64", "x86-64"]),
+        (
+            "truncated-bzimage",
+            bzimage(&[(0x1f4, &[0, 1])]),
+            &["truncated", "bzImage"],
+        ),
+        ("32-bit-bzimage", bzimage(&[(0x236, &[0])]), &["32-bit", "x86-64"]),
+        ("old-bzimage", bzimage(&[(0x206, &[0x0a])]), &["2.10", "2.12"]),
+        (
+            "large-bzimage",
+            bzimage(&[(0x260, &[0, 0, 0, 0x10])]),
+            &["more memory"],
+        ),
+        (
+            "damaged-bzimage",
+            bzimage(&[(0x232, &[0])]),
+            &["damaged", "alignment"],
+        ),
         ("aarch64", changed(18, &[183, 0]), &["aarch64", "x86-64"]),
         ("32-bit", changed(4, &[1]), &["32-bit", "64-bit"]),
         ("dynamic", changed(16, &[3, 0]), &["ET_DYN", "ET_EXEC"]),

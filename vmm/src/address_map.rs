@@ -5,6 +5,7 @@
 //!     0xe_0000           of it, the structures that the guest is booted with (up to 0x10_0000)
 //! 0xc000_0000          nothing; devices of the platform (I/O APIC 0xfec0_0000, local APIC 0xfee0_0000)
 //! 0xfeff_0000          boot-information page, read-only
+//! 0xfeff_1000          ACPI tables, 1 page, read-only
 //! 0xfeff_c000          KVM's identity-mapped page table, 1 page
 //! 0xfeff_d000          KVM's task state segment, 3 pages
 //!   4 GiB - ROM size   firmware ROM, read-only, up to 256 KiB
@@ -36,6 +37,15 @@ pub const ROM_SIZE_MAX: u64 = 256 << 10;
 
 /// The page that tells the firmware where to go.
 pub const BOOT_INFO: GuestAddress = GuestAddress(firmware::boot_info::ADDRESS);
+
+/// The page with the ACPI tables, of which the RSDP is first. It follows the boot-information page.
+pub const ACPI_TABLES: GuestAddress = GuestAddress(BOOT_INFO.0 + PAGE_SIZE);
+
+/// KVM's I/O APIC.
+pub const IO_APIC: u32 = 0xfec0_0000;
+
+/// KVM's local APICs, each CPU's own.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
 /// The page for `KVM_SET_IDENTITY_MAP_ADDR`.
 pub const KVM_IDENTITY_MAP: GuestAddress = GuestAddress(0xfeff_c000);
@@ -194,7 +204,10 @@ mod tests {
     fn nothing_below_4_gib_overlaps() {
         let mut areas = [
             (0, LOW_RAM_END),
+            (IO_APIC.into(), PAGE_SIZE),
+            (LOCAL_APIC.into(), PAGE_SIZE),
             (BOOT_INFO.0, PAGE_SIZE),
+            (ACPI_TABLES.0, PAGE_SIZE),
             (KVM_IDENTITY_MAP.0, PAGE_SIZE),
             (KVM_TSS.0, 3 * PAGE_SIZE),
             (ROM_END - ROM_SIZE_MAX, ROM_SIZE_MAX),

@@ -277,14 +277,14 @@ fn start_pager(
         .serve(Arc::clone(region), config.pager.clone(), observer)
 }
 
-/// The ROM and the page that tells it where to go, if the VM starts in a ROM.
+/// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on.
 fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomError> {
-    let rom = match &config.firmware {
-        Firmware::BuiltIn => ReadOnlyPages::builtin_rom()?,
-        Firmware::File(path) => ReadOnlyPages::rom_from_file(path)?,
-        Firmware::None => return Ok(Vec::new()),
-    };
-    Ok(vec![rom, ReadOnlyPages::boot_info(&config.entry)?])
+    let description = ReadOnlyPages::description(&config.entry, config.cpus)?;
+    Ok(match &config.firmware {
+        Firmware::BuiltIn => vec![ReadOnlyPages::builtin_rom()?, description],
+        Firmware::File(path) => vec![ReadOnlyPages::rom_from_file(path)?, description],
+        Firmware::None => vec![description],
+    })
 }
 
 /// Starts a thread for each vCPU. The receiver is disconnected when the last one has ended and its vCPU is closed; if not all

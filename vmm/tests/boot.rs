@@ -26,16 +26,16 @@ fn run(command_line: Option<&str>, with_firmware: bool) -> (Ending, String) {
     .unwrap();
     let memory = load(&layout);
     let rom = ReadOnlyPages::builtin_rom().unwrap();
-    let boot_info = ReadOnlyPages::boot_info(&layout.boot_info()).unwrap();
+    let description = ReadOnlyPages::description(&layout.boot_info(), 1).unwrap();
 
     let host = Host::open().unwrap();
     let vm = Vm::new(&host).unwrap();
-    // SAFETY: `memory`, `rom` and `boot_info` are dropped after the VM and its vCPU.
+    // SAFETY: `memory`, `rom` and `description` are dropped after the VM and its vCPU.
     unsafe {
         let ram = memory.get_host_address(GuestAddress(0)).unwrap();
         vm.map(0, GuestAddress(0), ram, layout.ram().size(), false)
             .unwrap();
-        for (slot, pages) in [(1, &rom), (2, &boot_info)] {
+        for (slot, pages) in [(1, &rom), (2, &description)] {
             vm.map(
                 slot,
                 pages.guest_address(),

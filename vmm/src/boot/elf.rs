@@ -17,7 +17,10 @@ use linux_loader::{
 use thiserror::Error;
 use vm_memory::{Address, ByteValued, GuestAddress, ReadVolatile};
 
-use super::layout::ScratchMemory;
+use super::{
+    kernel::{LoadedKernel, Start, read_from},
+    layout::ScratchMemory,
+};
 use crate::address_map::BOOT_STRUCTURES;
 
 /// Why a file is not a kernel that can be booted.
@@ -26,11 +29,8 @@ pub enum ElfError {
     /// It cannot be read.
     #[error("the file cannot be read")]
     Read(#[source] io::Error),
-    /// It is a compressed Linux kernel.
-    #[error("bzImage kernels are not supported yet; pass an ELF vmlinux with a PVH note")]
-    BzImage,
     /// It is something else.
-    #[error("it is not an ELF file; pass an ELF vmlinux with a PVH note")]
+    #[error("it is neither a bzImage (vmlinuz) nor an ELF file (vmlinux with a PVH note)")]
     NotElf,
     /// It is for another processor.
     #[error("it is for {0}, not for x86-64")]
@@ -97,15 +97,6 @@ pub enum ElfError {
     Load(#[source] loader::Error),
 }
 
-/// A kernel in memory.
-#[derive(Debug)]
-pub(super) struct LoadedKernel {
-    /// Where it is entered, in 32-bit mode.
-    pub(super) pvh_entry: u64,
-    /// What it occupies, zeroed parts included: guest-physical addresses.
-    pub(super) segments: Vec<Range<u64>>,
-}
-
 /// More than any kernel's notes take.
 const NOTES_MAX: u64 = 64 << 10;
 /// XEN_ELFNOTE_PHYS32_ENTRY.
@@ -121,60 +112,95 @@ pub(super) fn load<F: Read + Seek + ReadVolatile>(
     let header = check_header(file, size)?;
     let headers = program_headers(file, &header, size)?;
     let segments = check_segments(&headers, size, ram_end)?;
-    let pvh_entry = pvh_entry(file, &headers)?.ok_or(ElfError::NoPvhEntry)?;
+    let notes = Notes::read(file, &headers)?;
+    let pvh_entry = notes.pvh_entry.ok_or(ElfError::NoPvhEntry)?;
     Elf::load(memory, None, file, None).map_err(ElfError::Load)?;
     if !segments.iter().any(|segment| segment.contains(&pvh_entry)) {
         return Err(ElfError::EntryOutside(pvh_entry));
     }
-    Ok(LoadedKernel { pvh_entry, segments })
+    Ok(LoadedKernel {
+        start: Start::Pvh(pvh_entry),
+        segments,
+        linux: notes.linux,
+    })
 }
 
-/// The entry that a PVH note names. A kernel may have several segments of notes, as linkers make them for notes that are
-/// aligned differently, so all are looked at (linux-loader believes the last one).
-fn pvh_entry<F: Read + Seek>(file: &mut F, headers: &[Elf64_Phdr]) -> Result<Option<u64>, ElfError> {
-    for header in headers.iter().filter(|header| header.p_type == PT_NOTE) {
-        // A kernel's notes are a few hundred bytes.
-        let mut notes = vec![0; header.p_filesz.min(NOTES_MAX) as usize];
-        let present = read_from(file, header.p_offset, &mut notes)?;
-        // Notes of 8 bytes' alignment are laid out by it, all others by 4.
-        let alignment = if header.p_align == 8 { 8 } else { 4 };
-        if let Some(entry) = find_pvh_note(&notes[..present], alignment) {
-            return Ok(Some(entry));
+/// What the notes say. A kernel may have several segments of them, as linkers make them for notes that are aligned
+/// differently, so all are looked at (linux-loader believes the last one).
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Notes {
+    /// The first entry that a PVH note names.
+    pvh_entry: Option<u64>,
+    /// Whether one is Linux' own: `BUILD_SALT` in its `init/version.c` is in every kernel since 4.19.
+    linux: bool,
+}
+
+impl Notes {
+    fn read<F: Read + Seek>(file: &mut F, headers: &[Elf64_Phdr]) -> Result<Self, ElfError> {
+        let mut all = Self::default();
+        for header in headers.iter().filter(|header| header.p_type == PT_NOTE) {
+            // A kernel's notes are a few hundred bytes.
+            let mut notes = vec![0; header.p_filesz.min(NOTES_MAX) as usize];
+            let present = read_from(file, header.p_offset, &mut notes).map_err(ElfError::Read)?;
+            // Notes of 8 bytes' alignment are laid out by it, all others by 4.
+            all.add(&notes[..present], if header.p_align == 8 { 8 } else { 4 });
+        }
+        Ok(all)
+    }
+
+    /// Reads notes as far as they make sense.
+    fn add(&mut self, notes: &[u8], alignment: usize) {
+        let mut rest = Some(notes);
+        while let Some((note, next)) = rest.and_then(|notes| Note::first(notes, alignment)) {
+            self.linux |= note.name == b"Linux\0";
+            self.pvh_entry = self.pvh_entry.or_else(|| note.pvh_entry());
+            rest = next;
         }
     }
-    Ok(None)
 }
 
-/// The value of the note XEN_ELFNOTE_PHYS32_ENTRY: type 18, name "Xen", 4 or 8 bytes.
-fn find_pvh_note(mut notes: &[u8], alignment: usize) -> Option<u64> {
-    while let Some((header, rest)) = notes.split_first_chunk::<12>() {
+/// One note.
+struct Note<'notes> {
+    name: &'notes [u8],
+    kind: u32,
+    value: &'notes [u8],
+}
+
+impl<'notes> Note<'notes> {
+    /// The first of `notes`, and what follows it.
+    fn first(notes: &'notes [u8], alignment: usize) -> Option<(Self, Option<&'notes [u8]>)> {
+        let (header, rest) = notes.split_first_chunk::<12>()?;
         let field = |index: usize| u32::from_le_bytes(std::array::from_fn(|byte| header[index * 4 + byte]));
         let (name_size, value_size, kind) = (field(0) as usize, field(1) as usize, field(2));
         let value_at = (12 + name_size).next_multiple_of(alignment) - 12;
-        let name = rest.get(..name_size)?;
-        let value = rest.get(value_at..value_at + value_size)?;
-        if kind == XEN_PHYS32_ENTRY && name == b"Xen\0" {
-            return match *value {
-                [a, b, c, d, ref more @ ..] if more.is_empty() || more == [0; 4] => {
-                    Some(u32::from_le_bytes([a, b, c, d]).into())
-                }
-                _ => None,
-            };
-        }
-        notes = rest.get((12 + value_at + value_size).next_multiple_of(alignment) - 12..)?;
+        let note = Self {
+            name: rest.get(..name_size)?,
+            kind,
+            value: rest.get(value_at..value_at + value_size)?,
+        };
+        let next = (12 + value_at + value_size).next_multiple_of(alignment) - 12;
+        Some((note, rest.get(next..)))
     }
-    None
+
+    /// The value of the note XEN_ELFNOTE_PHYS32_ENTRY: type 18, name "Xen", 4 or 8 bytes.
+    fn pvh_entry(&self) -> Option<u64> {
+        if self.kind != XEN_PHYS32_ENTRY || self.name != b"Xen\0" {
+            return None;
+        }
+        match *self.value {
+            [a, b, c, d, ref more @ ..] if more.is_empty() || more == [0; 4] => {
+                Some(u32::from_le_bytes([a, b, c, d]).into())
+            }
+            _ => None,
+        }
+    }
 }
 
 fn check_header<F: Read + Seek>(file: &mut F, size: u64) -> Result<Elf64_Ehdr, ElfError> {
     let mut header = Elf64_Ehdr::default();
-    let present = read_up_to(file, header.as_mut_slice())?;
+    let present = read_from(file, 0, header.as_mut_slice()).map_err(ElfError::Read)?;
     if present < 4 || header.e_ident[..4] != *b"\x7fELF" {
-        return Err(if is_bzimage(file)? {
-            ElfError::BzImage
-        } else {
-            ElfError::NotElf
-        });
+        return Err(ElfError::NotElf);
     }
     if present < size_of::<Elf64_Ehdr>() {
         return Err(ElfError::Truncated {
@@ -271,35 +297,6 @@ fn check_segments(headers: &[Elf64_Phdr], size: u64, ram_end: u64) -> Result<Vec
     Ok(segments)
 }
 
-/// Linux' `Documentation/arch/x86/boot.rst`: the boot sector's signature, and the header's magic behind it.
-fn is_bzimage<F: Read + Seek>(file: &mut F) -> Result<bool, ElfError> {
-    const BOOT_FLAG: Range<usize> = 0x1fe..0x200;
-    const MAGIC: Range<usize> = 0x202..0x206;
-    let mut start = [0; MAGIC.end];
-    let present = read_up_to(file, &mut start)?;
-    Ok(present == start.len() && start[BOOT_FLAG] == [0x55, 0xaa] && start[MAGIC] == *b"HdrS")
-}
-
-/// Reads from the start, less than all only at the end of the file.
-fn read_up_to<F: Read + Seek>(file: &mut F, buffer: &mut [u8]) -> Result<usize, ElfError> {
-    read_from(file, 0, buffer)
-}
-
-/// Reads from `offset` as much of `buffer` as the file has.
-fn read_from<F: Read + Seek>(file: &mut F, offset: u64, buffer: &mut [u8]) -> Result<usize, ElfError> {
-    file.seek(SeekFrom::Start(offset)).map_err(ElfError::Read)?;
-    let mut present = 0;
-    while present < buffer.len() {
-        match file.read(&mut buffer[present..]) {
-            Ok(0) => break,
-            Ok(length) => present += length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(ElfError::Read(error)),
-        }
-    }
-    Ok(present)
-}
-
 const EM_X86_64: u16 = 62;
 const ET_EXEC: u16 = 2;
 
@@ -355,7 +352,8 @@ mod tests {
         let memory = scratch_memory(RAM_END).unwrap();
         let bytes = KernelFile::default().to_bytes();
         let kernel = load(&mut Cursor::new(&bytes), &memory, RAM_END).unwrap();
-        assert_eq!(kernel.pvh_entry, KernelFile::ADDRESS);
+        assert!(matches!(kernel.start, Start::Pvh(KernelFile::ADDRESS)));
+        assert!(!kernel.linux);
         assert_eq!(kernel.segments.len(), 1);
         assert_eq!(
             kernel.segments[0],
@@ -372,10 +370,6 @@ mod tests {
     fn what_is_not_elf_is_told_apart() {
         assert!(matches!(load_bytes(b""), Err(ElfError::NotElf)));
         assert!(matches!(load_bytes(b"#!/bin/sh\n"), Err(ElfError::NotElf)));
-        let mut bzimage = vec![0; 4096];
-        bzimage[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-        bzimage[0x202..0x206].copy_from_slice(b"HdrS");
-        assert!(matches!(load_bytes(&bzimage), Err(ElfError::BzImage)));
     }
 
     #[test]
@@ -468,6 +462,12 @@ mod tests {
         ));
     }
 
+    fn pvh_entry(notes: &[u8], alignment: usize) -> Option<u64> {
+        let mut all = Notes::default();
+        all.add(notes, alignment);
+        all.pvh_entry
+    }
+
     #[test]
     fn the_pvh_note_is_found_among_others() {
         let note = |name: &[u8], kind: u32, value: &[u8], alignment: usize| {
@@ -485,16 +485,26 @@ mod tests {
             let entry = note(b"Xen\0", 18, &0x10_0000u64.to_le_bytes(), alignment);
             let property = note(b"GNU\0", 5, &[1; 16], alignment);
             let guest_os = note(b"Xen\0", 6, b"Linux\0", alignment);
-            let find = |notes: &[&[u8]]| find_pvh_note(&notes.concat(), alignment);
+            let salt = note(b"Linux\0", 0x100, &[0; 4], alignment);
+            let find = |notes: &[&[u8]]| pvh_entry(&notes.concat(), alignment);
+            let mut notes = Notes::default();
+            notes.add(&[&property[..], &entry, &salt].concat(), alignment);
+            assert_eq!(
+                notes,
+                Notes {
+                    pvh_entry: Some(0x10_0000),
+                    linux: true
+                }
+            );
             assert_eq!(find(&[&property, &guest_os, &entry]), Some(0x10_0000));
             assert_eq!(find(&[&entry, &property]), Some(0x10_0000));
             assert_eq!(find(&[&property, &guest_os]), None);
             for end in 0..entry.len() {
-                assert_eq!(find_pvh_note(&entry[..end], alignment), None, "{end}");
+                assert_eq!(pvh_entry(&entry[..end], alignment), None, "{end}");
             }
         }
         assert_eq!(
-            find_pvh_note(&note(b"Xen\0", 18, &0x20_0000u32.to_le_bytes(), 4), 4),
+            pvh_entry(&note(b"Xen\0", 18, &0x20_0000u32.to_le_bytes(), 4), 4),
             Some(0x20_0000)
         );
     }
@@ -502,8 +512,8 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_notes_are_a_panic(notes: Vec<u8>) {
-            find_pvh_note(&notes, 4);
-            find_pvh_note(&notes, 8);
+            pvh_entry(&notes, 4);
+            pvh_entry(&notes, 8);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The read-only pages outside RAM: the firmware ROM and the boot-information page.
+//! The read-only pages outside RAM: the firmware ROM, the boot-information page, and the ACPI tables.
 
 use std::{
     fs::File,
@@ -12,7 +12,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, m
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
-use super::builtin::FIRMWARE_ROM;
+use super::{acpi, builtin::FIRMWARE_ROM};
 use crate::address_map::{BOOT_INFO, PAGE_SIZE, ROM_END, ROM_SIZE_MAX};
 
 /// Why there is no ROM to start from.
@@ -104,9 +104,10 @@ impl ReadOnlyPages {
         Self::rom(&content)
     }
 
-    /// The page that tells the firmware where to go.
-    pub fn boot_info(boot: &BootInfo) -> Result<Self, RomError> {
-        Self::new(BOOT_INFO, &boot.to_page())
+    /// The page that tells the firmware where to go, and behind it the ACPI tables of a machine with this many CPUs (at most
+    /// 255).
+    pub fn description(boot: &BootInfo, cpus: u32) -> Result<Self, RomError> {
+        Self::new(BOOT_INFO, &[boot.to_page(), acpi::tables(cpus)].concat())
     }
 
     /// Where the guest finds them.
@@ -168,6 +169,7 @@ impl Drop for ReadOnlyPages {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address_map::ACPI_TABLES;
     use firmware::boot_info::{MAGIC, Protocol};
 
     fn from_content(content: &[u8]) -> Result<ReadOnlyPages, RomError> {
@@ -212,9 +214,11 @@ mod tests {
             argument: 0xe_0000,
             page_table_root: 0,
         };
-        let page = ReadOnlyPages::boot_info(&boot).unwrap();
-        assert_eq!(page.guest_address().0, firmware::boot_info::ADDRESS);
-        assert_eq!(page.content()[..8], MAGIC);
-        assert_eq!(page.size(), 4096);
+        let pages = ReadOnlyPages::description(&boot, 1).unwrap();
+        assert_eq!(pages.guest_address().0, firmware::boot_info::ADDRESS);
+        assert_eq!(pages.content()[..8], MAGIC);
+        let acpi = (ACPI_TABLES.0 - pages.guest_address().0) as usize;
+        assert_eq!(pages.content()[acpi..acpi + 8], *b"RSD PTR ");
+        assert_eq!(pages.size(), 2 * 4096);
     }
 }

@@ -20,8 +20,11 @@ use vm_memory::{
 };
 
 use super::{
+    bios,
     builtin::GUEST_ELF,
-    elf::{self, ElfError, LoadedKernel},
+    bzimage::{self, BzImageError},
+    command_line::{self, CommandLineError},
+    kernel::{self, KernelError, LoadedKernel, Start},
     page_set::PageSet,
     pvh::{self, PvhError},
 };
@@ -38,7 +41,7 @@ const BUILTIN_COMMAND_LINE: &str = "workload=hello";
 pub enum Kernel {
     /// The guest that comes with this program.
     BuiltIn,
-    /// An ELF kernel with a PVH entry.
+    /// A bzImage, or an ELF kernel with a PVH entry.
     File(PathBuf),
 }
 
@@ -52,6 +55,7 @@ pub struct LayoutConfig {
     /// What the kernel finds as its first module.
     pub initramfs: Option<PathBuf>,
     /// What the kernel reads as its command line; by default `workload=hello` for the built-in guest, else empty.
+    /// Linux is told besides to reset on a panic.
     pub command_line: Option<String>,
 }
 
@@ -85,11 +89,11 @@ pub enum LayoutError {
         /// Where it is.
         path: PathBuf,
         /// Why.
-        source: ElfError,
+        source: KernelError,
     },
     /// The built-in guest does not fit.
     #[error("cannot boot the built-in guest")]
-    BuiltIn(#[source] ElfError),
+    BuiltIn(#[source] KernelError),
     /// The initramfs has no content.
     #[error("initramfs {} is empty or no regular file", path.display())]
     EmptyInitramfs {
@@ -98,7 +102,7 @@ pub enum LayoutError {
     },
     /// The initramfs does not fit.
     #[error(
-        "initramfs {} has {size} bytes, but only {free} bytes in one piece are free below 3 GiB; give the VM more memory",
+        "initramfs {} has {size} bytes, but only {free} bytes in one piece are free for it below 3 GiB; give the VM more memory",
         path.display()
     )]
     InitramfsTooLarge {
@@ -120,6 +124,15 @@ pub enum LayoutError {
     /// The kernel cannot be told what it needs to know.
     #[error("cannot describe the machine to the kernel")]
     Pvh(#[source] PvhError),
+    /// The same of Linux.
+    #[error("cannot describe the machine to the kernel")]
+    BzImage(#[source] BzImageError),
+    /// The same, where it looks for a BIOS.
+    #[error("cannot lay out a reset vector")]
+    Bios(#[source] GuestMemoryError),
+    /// The command line is none.
+    #[error("cannot describe the machine to the kernel")]
+    CommandLine(#[source] CommandLineError),
 }
 
 /// RAM before the first instruction, and how to start it. Pages are numbered by RAM offset.
@@ -131,6 +144,7 @@ pub struct Layout {
     boot: BootInfo,
     command_line: String,
     initramfs: Option<Range<u64>>,
+    linux: bool,
 }
 
 impl Layout {
@@ -140,35 +154,59 @@ impl Layout {
         let memory = scratch_memory(ram.low_size())?;
         let kernel = load_kernel(&config.kernel, &memory, ram.low_size())?;
         let mut used = PageSet::default();
-        used.insert_bytes(pvh::PAGES);
+        used.insert_bytes(kernel.start.structures());
         for segment in kernel.segments {
             used.insert_bytes(segment);
         }
+        if kernel.linux {
+            used.insert_bytes(bios::PAGE);
+            bios::write(&memory).map_err(LayoutError::Bios)?;
+        }
+        let initramfs_end = kernel.start.initramfs_end().min(ram.low_size());
         let initramfs = match &config.initramfs {
-            Some(path) => Some(load_initramfs(path, &memory, &used, ram.low_size())?),
+            Some(path) => Some(load_initramfs(path, &memory, &used, initramfs_end)?),
             None => None,
         };
         if let Some(range) = &initramfs {
             used.insert_bytes(range.clone());
         }
         let command_line = match (&config.command_line, &config.kernel) {
-            (Some(given), _) => given.clone(),
-            (None, Kernel::BuiltIn) => BUILTIN_COMMAND_LINE.to_owned(),
-            (None, Kernel::File(_)) => String::new(),
+            (Some(given), _) => given,
+            (None, Kernel::BuiltIn) => BUILTIN_COMMAND_LINE,
+            (None, Kernel::File(_)) => "",
         };
-        pvh::write(&memory, ram, &command_line, initramfs.as_ref()).map_err(LayoutError::Pvh)?;
+        let command_line = final_command_line(command_line, kernel.linux);
+        let boot = match &kernel.start {
+            Start::Pvh(entry) => {
+                pvh::write(&memory, ram, &command_line, initramfs.as_ref()).map_err(LayoutError::Pvh)?;
+                BootInfo {
+                    protocol: Protocol::Pvh,
+                    entry: *entry,
+                    argument: pvh::START_INFO.0,
+                    page_table_root: 0,
+                }
+            }
+            Start::Linux { address, header } => {
+                command_line::write(&memory, bzimage::COMMAND_LINE, &command_line)
+                    .map_err(LayoutError::CommandLine)?;
+                bzimage::write(&memory, ram, *address, header, &command_line, initramfs.as_ref())
+                    .map_err(LayoutError::BzImage)?;
+                BootInfo {
+                    protocol: Protocol::LongMode,
+                    entry: bzimage::entry(*address),
+                    argument: bzimage::BOOT_PARAMS.0,
+                    page_table_root: bzimage::PAGE_TABLES.0,
+                }
+            }
+        };
         Ok(Self {
             ram,
             memory,
             used,
-            boot: BootInfo {
-                protocol: Protocol::Pvh,
-                entry: kernel.pvh_entry,
-                argument: pvh::START_INFO.0,
-                page_table_root: 0,
-            },
+            boot,
             command_line,
             initramfs,
+            linux: kernel.linux,
         })
     }
 
@@ -177,14 +215,24 @@ impl Layout {
         ram_size: u64,
         boot: BootInfo,
         initramfs: Option<Range<u64>>,
+        linux: bool,
         command_line: &str,
     ) -> Result<Self, LayoutError> {
         let ram = RamMap::new(ram_size).map_err(LayoutError::RamSize)?;
         let memory = scratch_memory(ram.low_size())?;
         let mut used = PageSet::default();
-        used.insert_bytes(pvh::PAGES);
-        pvh::write(&memory, ram, command_line, initramfs.as_ref()).map_err(LayoutError::Pvh)?;
-        let command_line = command_line.to_owned();
+        let command_line = final_command_line(command_line, linux);
+        match boot.protocol {
+            Protocol::Pvh => {
+                used.insert_bytes(pvh::PAGES);
+                pvh::write(&memory, ram, &command_line, initramfs.as_ref()).map_err(LayoutError::Pvh)?;
+            }
+            Protocol::LongMode => {
+                used.insert_bytes(bzimage::COMMAND_LINE_PAGE);
+                command_line::write(&memory, bzimage::COMMAND_LINE, &command_line)
+                    .map_err(LayoutError::CommandLine)?;
+            }
+        }
         Ok(Self {
             ram,
             memory,
@@ -192,12 +240,18 @@ impl Layout {
             boot,
             command_line,
             initramfs,
+            linux,
         })
     }
 
     /// Where the initramfs lies in guest-physical memory.
     pub fn initramfs(&self) -> Option<Range<u64>> {
         self.initramfs.clone()
+    }
+
+    /// Whether the kernel is known to be Linux.
+    pub fn is_linux(&self) -> bool {
+        self.linux
     }
 
     /// Where RAM is.
@@ -249,6 +303,15 @@ impl Layout {
     }
 }
 
+/// The command line with what every kernel of its kind is told.
+fn final_command_line(given: &str, linux: bool) -> String {
+    if linux {
+        command_line::for_linux(given)
+    } else {
+        given.to_owned()
+    }
+}
+
 /// Zero memory from address 0.
 pub(super) fn scratch_memory(size: u64) -> Result<ScratchMemory, LayoutError> {
     ScratchMemory::from_ranges(&[(GuestAddress(0), size as usize)])
@@ -258,11 +321,11 @@ pub(super) fn scratch_memory(size: u64) -> Result<ScratchMemory, LayoutError> {
 fn load_kernel(kernel: &Kernel, memory: &ScratchMemory, ram_end: u64) -> Result<LoadedKernel, LayoutError> {
     match kernel {
         Kernel::BuiltIn => {
-            elf::load(&mut Cursor::new(GUEST_ELF), memory, ram_end).map_err(LayoutError::BuiltIn)
+            kernel::load(&mut Cursor::new(GUEST_ELF), memory, ram_end).map_err(LayoutError::BuiltIn)
         }
         Kernel::File(path) => {
             let mut file = open("kernel", path)?;
-            elf::load(&mut file, memory, ram_end).map_err(|source| LayoutError::Kernel {
+            kernel::load(&mut file, memory, ram_end).map_err(|source| LayoutError::Kernel {
                 path: path.clone(),
                 source,
             })
@@ -270,12 +333,12 @@ fn load_kernel(kernel: &Kernel, memory: &ScratchMemory, ram_end: u64) -> Result<
     }
 }
 
-/// Puts the initramfs as high as it goes, so that a kernel that grows as it starts does not reach it.
+/// Puts the initramfs as high below `end` as it goes, so that a kernel that grows as it starts does not reach it.
 fn load_initramfs(
     path: &Path,
     memory: &ScratchMemory,
     used: &PageSet,
-    ram_end: u64,
+    end: u64,
 ) -> Result<Range<u64>, LayoutError> {
     let mut file = open("initramfs", path)?;
     let size = file
@@ -286,7 +349,7 @@ fn load_initramfs(
         return Err(LayoutError::EmptyInitramfs { path: path() });
     }
     let start = used
-        .highest_room(BOOT_STRUCTURES.end..ram_end, size)
+        .highest_room(BOOT_STRUCTURES.end..end, size)
         .map_err(|free| LayoutError::InitramfsTooLarge {
             path: path(),
             size,
@@ -308,7 +371,7 @@ fn open(what: &'static str, path: &Path) -> Result<File, LayoutError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::KernelFile;
+    use super::super::testing::{KernelFile, bzimage_file};
     use super::*;
     use std::{collections::BTreeSet, fs};
 
@@ -434,7 +497,7 @@ mod tests {
         assert!(matches!(
             Layout::build(&config),
             Err(LayoutError::Kernel {
-                source: ElfError::Read(_),
+                source: KernelError::Read(_),
                 ..
             })
         ));
@@ -449,6 +512,49 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    fn linux_config(files: &Files) -> LayoutConfig {
+        fs::write(files.path("vmlinuz"), bzimage_file()).unwrap();
+        LayoutConfig {
+            ram_size: 64 * MIB,
+            kernel: Kernel::File(files.path("vmlinuz")),
+            command_line: Some("quiet".to_owned()),
+            ..files.config_with_initramfs(5000)
+        }
+    }
+
+    #[test]
+    fn linux_has_its_structures_its_kernel_and_a_way_to_reset() {
+        let layout = Layout::build(&linux_config(&Files::new())).unwrap();
+        let boot = layout.boot_info();
+        assert_eq!(boot.protocol, Protocol::LongMode);
+        assert_eq!((boot.entry, boot.argument), (0x100_0200, 0xe_0000));
+        assert_eq!(boot.page_table_root, 0xe_2000);
+        assert!(layout.is_linux());
+        assert_eq!(layout.command_line(), "panic=-1 quiet");
+        // Structures, the BIOS's entry, 4 MiB of kernel, and the initramfs.
+        let expected: Vec<_> = [0xe0..0xe8, 0xff..0x100, 0x1000..0x1400, 0x3ffe..0x4000]
+            .into_iter()
+            .flatten()
+            .collect();
+        assert_eq!(layout.pages().map(|(page, _)| page).collect::<Vec<_>>(), expected);
+        assert_eq!(page(&layout, 0xff)[0xff0..0xff2], [0xb0, 6]);
+    }
+
+    #[test]
+    fn another_command_line_replaces_one_page_of_linux() {
+        let first = Layout::build(&linux_config(&Files::new())).unwrap();
+        let second = Layout::with_command_line(
+            64 * MIB,
+            first.boot_info(),
+            first.initramfs(),
+            first.is_linux(),
+            "panic=5",
+        )
+        .unwrap();
+        assert_eq!(second.pages().collect::<Vec<_>>(), [(0xe1, true)]);
+        assert_eq!(page(&second, 0xe1)[..8], *b"panic=5\0");
     }
 
     #[test]

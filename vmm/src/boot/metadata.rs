@@ -19,6 +19,9 @@ pub struct ImageMetadata {
     /// Where the initramfs lies in guest-physical memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<Range<u64>>,
+    /// Whether the kernel is known to be Linux, which is told more than its command line.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub linux: bool,
     /// How the pages that the layout does not use were filled, as `--fill` says it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fill: Option<String>,
@@ -40,6 +43,7 @@ impl ImageMetadata {
             command_line: layout.command_line().to_owned(),
             kernel,
             initramfs: layout.initramfs(),
+            linux: layout.is_linux(),
             fill,
         }
     }

@@ -68,3 +68,24 @@ impl Default for KernelFile {
         }
     }
 }
+
+/// A bzImage of boot protocol 2.15 whose kernel is 1,024 bytes long, needs 4 MiB, is linked to 16 MiB and takes 255 bytes of
+/// command line.
+pub(super) fn bzimage_file() -> Vec<u8> {
+    const SETUP: usize = 2 * 512;
+    let mut file = vec![0; SETUP + 1024];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1f4, &(1024_u32 / 16).to_le_bytes());
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+    put(0x202, b"HdrS\x0f\x02");
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x230, &0x20_0000_u32.to_le_bytes());
+    put(0x234, &[1]);
+    put(0x236, &[0x7f, 0]);
+    put(0x238, &255_u32.to_le_bytes());
+    put(0x258, &0x100_0000_u64.to_le_bytes());
+    put(0x260, &0x40_0000_u32.to_le_bytes());
+    file
+}

@@ -30,7 +30,7 @@ pub(super) struct CreateOptions {
     /// Size of the guest's RAM: a multiple of 4K; K, M, G, T are powers of 1024
     #[arg(long, value_name = "SIZE")]
     memory: Size,
-    /// Kernel: an ELF file with a PVH entry [default: the built-in guest]
+    /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH entry (vmlinux) [default: the built-in guest]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel

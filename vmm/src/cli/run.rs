@@ -43,7 +43,7 @@ const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
 /// What `umem run` takes.
 #[derive(Debug, Args)]
 pub(super) struct RunOptions {
-    /// Kernel: an ELF file with a PVH entry. Without it, what is in the image, else the built-in guest
+    /// Kernel: a bzImage (vmlinuz), or an ELF file with a PVH entry (vmlinux). Without it, what is in the image, else the built-in guest
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
@@ -251,7 +251,8 @@ impl Guest {
         let source = match &options.cmdline {
             None => source,
             Some(command_line) => {
-                let layout = Layout::with_command_line(size, entry, metadata.initramfs, command_line)?;
+                let layout =
+                    Layout::with_command_line(size, entry, metadata.initramfs, metadata.linux, command_line)?;
                 lay_over(source, layout, memory)?
             }
         };

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{
     exit_port,
+    power::SleepControl,
     reset::{KeyboardController, ResetControl},
     serial::{self, SerialPort},
 };
@@ -42,6 +43,7 @@ impl DeviceBus {
             }
             // A wider access here belongs to the PCI configuration address at 0xcf8.
             (ResetControl::PORT, [byte]) => self.reset.write(*byte),
+            (SleepControl::PORT, [byte]) => SleepControl::write(*byte),
             _ => None,
         }
     }
@@ -59,6 +61,7 @@ impl Bus for DeviceBus {
                 *byte = KeyboardController::read(port);
             }
             (ResetControl::PORT, [byte]) => *byte = self.reset.read(),
+            (SleepControl::PORT | SleepControl::STATUS_PORT, [byte]) => *byte = SleepControl::read(),
             (_, data) => data.fill(0xff),
         }
     }

@@ -1,4 +1,4 @@
-//! The two ways of a PC to reset itself that Linux tries (`reboot=k` and `reboot=p`).
+//! The two ways of a PC to reset itself: `reboot=k` and `reboot=p` of Linux, of which ACPI names the second (`reboot=a`).
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -40,12 +40,15 @@ impl Trigger for ResetLine {
 
 /// The reset control register of the PC's chipset (Intel ICH9 datasheet, 13.7.5): bit 2 resets, bit 1 says how thoroughly.
 #[derive(Debug, Default)]
-pub(super) struct ResetControl {
+pub struct ResetControl {
     value: AtomicU8,
 }
 
 impl ResetControl {
-    pub(super) const PORT: u16 = 0xcf9;
+    /// Where it is.
+    pub const PORT: u16 = 0xcf9;
+    /// What to write to it for a full reset.
+    pub const RESET: u8 = 1 << 1 | Self::RESET_CPU;
     const RESET_CPU: u8 = 1 << 2;
 
     pub(super) fn read(&self) -> u8 {
@@ -75,6 +78,6 @@ mod tests {
         let register = ResetControl::default();
         assert_eq!(register.write(0x02), None);
         assert_eq!(register.read(), 0x02);
-        assert_eq!(register.write(0x06), Some(Ending::Reset));
+        assert_eq!(register.write(ResetControl::RESET), Some(Ending::Reset));
     }
 }

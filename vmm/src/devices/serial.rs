@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::RangeInclusive,
     sync::{Mutex, MutexGuard, PoisonError, TryLockError},
 };
 
@@ -18,6 +19,8 @@ use super::output::Output;
 pub(super) const FIRST_PORT: u16 = 0x3f8;
 /// Its last port.
 pub(super) const LAST_PORT: u16 = FIRST_PORT + 7;
+/// All its ports.
+pub const SERIAL_PORTS: RangeInclusive<u16> = FIRST_PORT..=LAST_PORT;
 /// Its interrupt line.
 pub const SERIAL_IRQ: u32 = 4;
 

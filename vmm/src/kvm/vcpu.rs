@@ -3,7 +3,7 @@
 use firmware::boot_info::{BootInfo, Protocol};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-    kvm_regs, kvm_segment, kvm_sregs,
+    Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -179,6 +179,11 @@ impl Vcpu {
             state: "CPUID",
             source,
         })?;
+        set_memory_types(&fd).map_err(|source| VcpuSetupError::State {
+            index,
+            state: "the memory types",
+            source,
+        })?;
         let kick = VcpuKick::new(&fd).map_err(|source| VcpuSetupError::Kick { index, source })?;
         Ok(Self { fd, index, kick })
     }
@@ -317,6 +322,25 @@ impl Vcpu {
     }
 }
 
+/// What a PC's firmware does on every CPU: memory is write-back, and string instructions are fast. After reset all of it is
+/// uncached (Intel SDM volume 3, 12.11.2.1), and then Linux does without page attributes too. A KVM without these registers
+/// leaves it at that.
+fn set_memory_types(fd: &VcpuFd) -> Result<(), errno::Error> {
+    let register = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    for register in [
+        register(MSR_MTRR_DEF_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK),
+        register(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS),
+    ] {
+        let registers = Msrs::from_entries(&[register]).map_err(|_| errno::Error::new(libc::E2BIG))?;
+        fd.set_msrs(&registers)?;
+    }
+    Ok(())
+}
+
 /// The instruction in the data of an emulation failure: flags, of which bit 0 says that it follows, then its size in one
 /// byte, then its bytes (`struct kvm_run`, `emulation_failure`, in Linux' `include/uapi/linux/kvm.h`).
 fn instruction_bytes(data: &[u64]) -> String {
@@ -343,6 +367,12 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const MISC_ENABLE_FAST_STRINGS: u64 = 1 << 0;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ENABLED: u64 = 1 << 11;
+const MTRR_WRITE_BACK: u64 = 6;
 
 /// Segment types, Intel SDM volume 3, 3.4.5.1 and 3.5.
 const TYPE_CODE: u8 = 0b1011;
