@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm::{
     boot::ReadOnlyPages,
     ending::Ending,
-    kvm::{Bus, CpuModel, Exit, Host, Vcpu, VcpuError, Vm},
+    kvm::{AsyncPageFaults, Bus, CpuModel, Exit, Host, Vcpu, VcpuError, Vm},
 };
 
 /// Where code goes, and RAM's size: one page of it for each purpose.
@@ -68,7 +68,7 @@ impl Machine {
         let address = memory.get_host_address(GuestAddress(0)).unwrap();
         // SAFETY: `memory` is dropped after `vm` and is accessed through `vm-memory` only.
         unsafe { vm.map(0, GuestAddress(0), address, RAM_SIZE as u64, false) }.unwrap();
-        let model = CpuModel::new(&host, cpus, true).unwrap();
+        let model = CpuModel::new(&host, cpus, AsyncPageFaults::IfThere).unwrap();
         let vcpus = (0..cpus)
             .map(|index| Vcpu::new(&vm, index, &model).unwrap())
             .collect();
