@@ -16,6 +16,7 @@
 use core::fmt;
 
 use crate::order::Order;
+use crate::parking::MAX_TASKS;
 
 /// The longest command line that the guest reads.
 pub const MAX_LENGTH: usize = 4096;
@@ -54,8 +55,27 @@ pub enum Workload {
         /// How often; `None` is for ever.
         rounds: Option<u64>,
     },
+    /// Let tasks touch pages while others work.
+    Tasks(Tasks),
     /// Fail on purpose, to show how that is reported.
     Fault(FaultKind),
+}
+
+/// What [`Workload::Tasks`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tasks {
+    /// How many tasks each CPU has.
+    pub tasks: usize,
+    /// How many of them touch pages; the others work.
+    pub faulting: usize,
+    /// The pages that are touched, by all CPUs together.
+    pub pages: Pages,
+    /// Of the fingerprints, and of a random order.
+    pub seed: u64,
+    /// In which order.
+    pub order: Order,
+    /// How long a task may be parked, in seconds.
+    pub patience_s: u32,
 }
 
 /// Which pages a workload takes.
@@ -111,7 +131,7 @@ impl fmt::Display for Error<'_> {
             Error::UnknownWorkload(word) => {
                 write!(
                     f,
-                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|fault"
+                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|tasks|fault"
                 )
             }
             Error::UnknownOption(word) => write!(f, "error=unknown_option word={word}"),
@@ -142,6 +162,7 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
         "hello" => [].as_slice(),
         "verify" => &["pages", "seed", "order", "full"],
         "touch" | "dirty" => &["pages", "order", "rounds", "seed", "stride"],
+        "tasks" => &["tasks", "faulting", "pages", "seed", "order", "patience"],
         "fault" => &["kind"],
         _ => return Err(Error::UnknownWorkload(options.word("workload"))),
     };
@@ -166,6 +187,7 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
                 _ => Some(options.number("rounds", 1, 1)?),
             },
         }),
+        "tasks" => options.tasks().map(Workload::Tasks),
         "fault" => options.fault(),
         _ => Ok(Workload::Hello),
     }
@@ -260,16 +282,7 @@ impl<'a> Options<'a> {
         Ok(Workload::Verify {
             pages: self.pages()?,
             seed,
-            order: match self.value("order")? {
-                None | Some("seq") => Order::Sequential,
-                Some("random") => Order::Random { seed },
-                Some(_) => {
-                    return Err(Error::BadValue {
-                        word: self.word("order"),
-                        expected: "seq|random",
-                    });
-                }
-            },
+            order: self.seeded_order(seed)?,
             full: match self.value("full")? {
                 None | Some("on") => true,
                 Some("off") => false,
@@ -280,6 +293,40 @@ impl<'a> Options<'a> {
                     });
                 }
             },
+        })
+    }
+
+    /// An order that takes its seed from the pages' content.
+    fn seeded_order(&self, seed: u64) -> Result<Order, Error<'a>> {
+        match self.value("order")? {
+            None | Some("seq") => Ok(Order::Sequential),
+            Some("random") => Ok(Order::Random { seed }),
+            Some(_) => Err(Error::BadValue {
+                word: self.word("order"),
+                expected: "seq|random",
+            }),
+        }
+    }
+
+    fn tasks(&self) -> Result<Tasks, Error<'a>> {
+        let few = |key, default: u64, most: u64, expected| match self.number(key, default, 1)? {
+            number if number <= most => Ok(number as usize),
+            _ => Err(Error::BadValue {
+                word: self.word(key),
+                expected,
+            }),
+        };
+        let tasks = few("tasks", 64, MAX_TASKS as u64, "1_to_128")?;
+        let default = (tasks as u64).div_ceil(2);
+        let faulting = few("faulting", default, tasks as u64, "at_most_tasks")?;
+        let seed = self.number("seed", 0, 0)?;
+        Ok(Tasks {
+            tasks,
+            faulting,
+            pages: self.pages()?,
+            seed,
+            order: self.seeded_order(seed)?,
+            patience_s: few("patience", 10, 3600, "1_to_3600")? as u32,
         })
     }
 
@@ -342,6 +389,17 @@ mod tests {
             })
         );
         assert_eq!(parse("workload=fault"), Ok(Workload::Fault(FaultKind::PageFault)));
+        assert_eq!(
+            parse("workload=tasks"),
+            Ok(Workload::Tasks(Tasks {
+                tasks: 64,
+                faulting: 32,
+                pages: Pages::All,
+                seed: 0,
+                order: Order::Sequential,
+                patience_s: 10
+            }))
+        );
     }
 
     #[test]
@@ -379,7 +437,19 @@ mod tests {
         for (line, expected) in [
             (
                 "workload=nap",
-                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|fault",
+                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|tasks|fault",
+            ),
+            (
+                "workload=tasks tasks=129",
+                "error=bad_value word=tasks=129 expected=1_to_128",
+            ),
+            (
+                "workload=tasks tasks=4 faulting=5",
+                "error=bad_value word=faulting=5 expected=at_most_tasks",
+            ),
+            (
+                "workload=tasks patience=0",
+                "error=bad_value word=patience=0 expected=a_number_above_0",
             ),
             ("workload=hello pages=3", "error=unknown_option word=pages=3"),
             ("workload=verify quiet", "error=unknown_option word=quiet"),
@@ -451,7 +521,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_line_panics(line in "(workload=(verify|touch|dirty|x)| |pages=|order=|seed=|[a-z0-9=é]{0,4}){0,9}") {
+        fn no_line_panics(line in "(workload=(verify|touch|dirty|tasks|x)| |pages=|order=|seed=|[a-z0-9=é]{0,4}){0,9}") {
             if let Err(error) = parse(&line) {
                 prop_assert!(error.to_string().starts_with("error="));
             }

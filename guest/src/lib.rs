@@ -12,6 +12,7 @@ pub mod fingerprint;
 pub mod machine;
 pub mod memory_map;
 pub mod order;
+pub mod parking;
 pub mod permutation;
 pub mod start_info;
 pub mod tables;

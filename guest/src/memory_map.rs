@@ -90,6 +90,16 @@ impl MemoryMap {
         }
     }
 
+    /// Takes out `count` frames that lie together below frame `limit`, and answers the first of them; `None` if nowhere are so many.
+    pub fn take(&mut self, count: u64, limit: u64) -> Option<u64> {
+        let fits = |range: &&FrameRange| range.end.min(limit).saturating_sub(range.start) >= count;
+        let start = self.ranges().iter().find(fits)?.start;
+        let page = PAGE_SIZE as u64;
+        // From the start of a range: it stays one range.
+        self.remove(start * page, count * page).ok()?;
+        Some(start)
+    }
+
     /// How many frames there are.
     pub fn count(&self) -> u64 {
         self.ranges().iter().map(|r| r.end - r.start).sum()

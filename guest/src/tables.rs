@@ -14,8 +14,18 @@ pub const STUBS_ADDRESS: u64 = ADDRESS + size_of::<Tables>() as u64;
 /// Bytes from one exception stub to the next.
 pub const STUB_SIZE: u64 = 16;
 
-/// Exceptions of the processor; the IDT has no further vectors, since interrupts stay off.
+/// Exceptions of the processor.
 pub const EXCEPTIONS: usize = 32;
+
+/// The interrupts that there can be when a workload lets them in: a page that was waited for is ready.
+pub const PAGE_READY: usize = 32;
+/// The local APIC's timer has run out.
+pub const TIMER: usize = 33;
+/// The local APIC has lost an interrupt.
+pub const SPURIOUS: usize = 34;
+
+/// Vectors in the IDT.
+pub const VECTORS: usize = 35;
 
 /// The most CPUs that the guest uses.
 pub const MAX_CPUS: usize = 64;
@@ -75,7 +85,7 @@ pub struct Tables {
     pml4: [u64; PAGE_TABLE_ENTRIES],
     pdpt: [u64; PAGE_TABLE_ENTRIES],
     page_directory: [u64; PAGE_TABLE_ENTRIES],
-    idt: [[u64; 2]; EXCEPTIONS],
+    idt: [[u64; 2]; VECTORS],
     gdt: [u64; SEGMENTS + 2 * MAX_CPUS],
     task_states: [TaskState; MAX_CPUS],
     /// One bit a port, 0 = allowed to ring 3, common to all TSSs; the format wants a byte of ones behind it.
@@ -96,7 +106,7 @@ pub const TASK_STATE_ADDRESS: u64 = ADDRESS + offset_of!(Tables, task_states) as
 const IO_BITMAP_ADDRESS: u64 = ADDRESS + offset_of!(Tables, io_bitmap) as u64;
 
 /// The IDT's limit, as `lidt` takes it.
-pub const IDT_LIMIT: usize = size_of::<[[u64; 2]; EXCEPTIONS]>() - 1;
+pub const IDT_LIMIT: usize = size_of::<[[u64; 2]; VECTORS]>() - 1;
 /// The GDT's limit, as `lgdt` takes it.
 pub const GDT_LIMIT: usize = size_of::<[u64; SEGMENTS + 2 * MAX_CPUS]>() - 1;
 
@@ -113,9 +123,9 @@ impl Tables {
             page_directory[i] = large_page_entry(0, i);
             i += 1;
         }
-        let mut idt = [[0; 2]; EXCEPTIONS];
+        let mut idt = [[0; 2]; VECTORS];
         let mut vector = 0;
-        while vector < EXCEPTIONS {
+        while vector < VECTORS {
             idt[vector] = interrupt_gate(vector);
             vector += 1;
         }

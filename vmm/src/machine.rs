@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
+use rustix::process::Pid;
 use thiserror::Error;
 use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
@@ -19,7 +20,8 @@ use crate::boot::{ReadOnlyPages, RomError};
 use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
 use crate::ending::Ending;
 use crate::kvm::{
-    CpuModel, CpuModelError, Exit, Host, HostError, Vcpu, VcpuKick, VcpuSetupError, Vm, VmError,
+    AsyncPageFaultCounter, AsyncPageFaults, CpuModel, CpuModelError, Exit, Host, HostError, Vcpu, VcpuKick,
+    VcpuSetupError, Vm, VmError,
 };
 use crate::memory::GuestMemory;
 use crate::ram_source::{RamSource, ServingPager};
@@ -66,7 +68,7 @@ pub struct MachineConfig {
     /// How many vCPUs it has.
     pub cpus: u32,
     /// Whether KVM offers async page faults to it.
-    pub async_pf: bool,
+    pub async_pf: AsyncPageFaults,
 }
 
 /// Why a VM could not be run, or not to its end.
@@ -148,6 +150,8 @@ pub enum Outcome {
 struct Running {
     stop: AtomicBool,
     first_instruction: OnceLock<Instant>,
+    /// The threads that run vCPUs are told here.
+    threads: mpsc::Sender<Pid>,
     stopper: Stopper,
 }
 
@@ -194,9 +198,11 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     if config.firmware == Firmware::None {
         vcpus[0].enter_directly(&config.entry)?;
     }
+    let (threads, vcpu_threads) = mpsc::channel();
     let running = Arc::new(Running {
         stop: AtomicBool::new(false),
         first_instruction: OnceLock::new(),
+        threads,
         stopper: event_loop.stopper(),
     });
     let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
@@ -208,6 +214,11 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         "starting with no page of RAM populated"
     );
     let (all_ended, not_started) = start_vcpus(vcpus, &bus, &running);
+    // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
+    let counters = match not_started {
+        None => count_async_page_faults(config, &vcpu_threads),
+        Some(_) => vec![None],
+    };
 
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
@@ -229,6 +240,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     report.setup_ms = clock.laps;
     report.set_pager(&pager.stats(), &region, started);
     report.set_source(config.source.url(), pager.stats().source);
+    report.set_async_page_faults(&counters);
     report.process = own_memory(config, &region, pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
@@ -255,6 +267,19 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
             Ok(outcome)
         }
     }
+}
+
+/// A counter for each vCPU, if async page faults were asked for by name: a thread that is counted is slower at every switch, which
+/// is a twentieth of the time that a vCPU waits for a page of a hot file.
+fn count_async_page_faults(
+    config: &MachineConfig,
+    threads: &mpsc::Receiver<Pid>,
+) -> Vec<Option<AsyncPageFaultCounter>> {
+    if config.async_pf != AsyncPageFaults::Required {
+        return vec![None];
+    }
+    let threads = threads.iter().take(config.cpus as usize);
+    threads.map(AsyncPageFaultCounter::start).collect()
 }
 
 fn start_pager(
@@ -341,6 +366,8 @@ fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), Mach
 
 /// Runs a vCPU until the VM ends.
 fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
+    // Before anything can fail: it is waited for.
+    let _ = running.threads.send(rustix::thread::gettid());
     let kick = vcpu.kick_handle();
     let _attached = match kick.attach() {
         Ok(attached) => attached,

@@ -14,6 +14,8 @@ use umem::region::Region;
 use umem::source::SourceStats;
 use umem::stats::Summary;
 
+use crate::kvm::AsyncPageFaultCounter;
+
 /// The report of one VM's run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
@@ -45,6 +47,9 @@ pub struct Report {
     /// The same by class, where there were any.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub fault_classes_us: BTreeMap<&'static str, Latency>,
+    /// What KVM told the guest of pages that were not there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub async_page_faults: Option<AsyncPageFaults>,
     /// The page source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
@@ -102,6 +107,15 @@ impl From<Summary> for Latency {
     }
 }
 
+/// Events of asynchronous page faults, by KVM's tracepoints; absent where this process may not count them, or was not asked to.
+#[derive(Debug, Serialize)]
+pub struct AsyncPageFaults {
+    /// Pages that a vCPU was told are not present.
+    pub not_present: u64,
+    /// Pages that it was told are ready, and times that it was told so of all.
+    pub ready: u64,
+}
+
 /// The page source.
 #[derive(Debug, Serialize)]
 pub struct Source {
@@ -157,6 +171,15 @@ impl Report {
             bytes: source.bytes,
             requests: source.requests,
             reconnects: source.reconnects,
+        });
+    }
+
+    /// Takes over what each vCPU's counter says; nothing, if it is not known of every vCPU.
+    pub fn set_async_page_faults(&mut self, vcpus: &[Option<AsyncPageFaultCounter>]) {
+        let counts: Option<Vec<(u64, u64)>> = vcpus.iter().map(|vcpu| vcpu.as_ref()?.read()).collect();
+        self.async_page_faults = counts.map(|counts| AsyncPageFaults {
+            not_present: counts.iter().map(|count| count.0).sum(),
+            ready: counts.iter().map(|count| count.1).sum(),
         });
     }
 

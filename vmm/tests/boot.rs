@@ -11,7 +11,7 @@ use vmm::{
     boot::{Kernel, Layout, LayoutConfig, ReadOnlyPages},
     devices::{Console, DeviceBus, EventLoop, SERIAL_IRQ},
     ending::Ending,
-    kvm::{CpuModel, Exit, Host, Vcpu, Vm},
+    kvm::{AsyncPageFaults, CpuModel, Exit, Host, Vcpu, Vm},
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,7 +54,12 @@ fn run(command_line: Option<&str>, with_firmware: bool) -> (Ending, String) {
     let bus = DeviceBus::new(console.serial());
     event_loop.add(Box::new(console));
     let stopper = event_loop.stopper();
-    let mut vcpu = Vcpu::new(&vm, 0, &CpuModel::new(&host, 1, true).unwrap()).unwrap();
+    let mut vcpu = Vcpu::new(
+        &vm,
+        0,
+        &CpuModel::new(&host, 1, AsyncPageFaults::IfThere).unwrap(),
+    )
+    .unwrap();
     if !with_firmware {
         vcpu.enter_directly(&layout.boot_info()).unwrap();
     }

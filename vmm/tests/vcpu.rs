@@ -13,11 +13,15 @@ use std::{
 };
 
 use firmware::boot_info::{BootInfo, Protocol};
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm::{
     boot::ReadOnlyPages,
     ending::Ending,
-    kvm::{Bus, CpuModel, Exit, Host, Vcpu, VcpuError, Vm},
+    kvm::{
+        ASYNC_PF_ENABLE, ASYNC_PF_INTERRUPT, AsyncPageFaults, Bus, CpuModel, Exit, Host, ParavirtualMsrs,
+        Vcpu, VcpuError, Vm, paravirtual_msrs,
+    },
 };
 
 /// Where code goes, and RAM's size: one page of it for each purpose.
@@ -68,7 +72,7 @@ impl Machine {
         let address = memory.get_host_address(GuestAddress(0)).unwrap();
         // SAFETY: `memory` is dropped after `vm` and is accessed through `vm-memory` only.
         unsafe { vm.map(0, GuestAddress(0), address, RAM_SIZE as u64, false) }.unwrap();
-        let model = CpuModel::new(&host, cpus, true).unwrap();
+        let model = CpuModel::new(&host, cpus, AsyncPageFaults::IfThere).unwrap();
         let vcpus = (0..cpus)
             .map(|index| Vcpu::new(&vm, index, &model).unwrap())
             .collect();
@@ -334,4 +338,43 @@ fn a_kick_outlives_its_vcpu_and_its_thread() {
         .join()
         .unwrap();
     kick.kick();
+}
+
+/// The state of asynchronous page faults goes from one vCPU to another, and the guest there is told to look for all its pages again.
+#[test]
+fn restored_async_page_faults_wake_all() {
+    const AREA: u64 = 0x8000;
+    const APIC_SPURIOUS: usize = 0xf0;
+    let msrs = paravirtual_msrs(&Host::open().unwrap()).unwrap();
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let first = Machine::new(1);
+    let values = [
+        entry(ASYNC_PF_INTERRUPT, 32),
+        entry(ASYNC_PF_ENABLE, AREA | 1 | 8),
+    ];
+    let written = first.vcpus[0]
+        .fd()
+        .set_msrs(&Msrs::from_entries(&values).unwrap())
+        .unwrap();
+    assert_eq!(written, 2);
+    let saved = ParavirtualMsrs::save(first.vcpus[0].fd(), &msrs).unwrap();
+    drop(first);
+    assert_eq!(saved.get(ASYNC_PF_INTERRUPT), Some(32));
+    assert_eq!(saved.get(ASYNC_PF_ENABLE), Some(AREA | 1 | 8));
+
+    // mov eax, [AREA + 4]; out 0xf4, eax
+    let code = [0xa1, 0x04, 0x80, 0, 0, 0xe7, 0xf4];
+    let mut second = Machine::direct(Protocol::Pvh, &code);
+    let vcpu = second.vcpus[0].fd();
+    let mut apic = vcpu.get_lapic().unwrap();
+    apic.regs[APIC_SPURIOUS] = 0xff_u8.cast_signed();
+    apic.regs[APIC_SPURIOUS + 1] = 1;
+    vcpu.set_lapic(&apic).unwrap();
+    saved.restore(vcpu).unwrap();
+    assert_eq!(ParavirtualMsrs::save(vcpu, &msrs).unwrap(), saved);
+    assert_eq!(second.run(&Recorder::default()), Ending::GuestExit(u32::MAX));
 }

@@ -8,7 +8,7 @@ use core::arch::{asm, global_asm};
 use guest::tables;
 
 /// Bytes of stack that one CPU has: from below, IST1, then ring 0, then ring 3.
-const STACK_SIZE_LOG2: u64 = 14;
+pub(super) const STACK_SIZE_LOG2: u64 = 14;
 const STACK_SIZE: u64 = 1 << STACK_SIZE_LOG2;
 const IST1_TOP: u64 = 0x1000;
 const RING0_TOP: u64 = 0x2000;
@@ -34,6 +34,8 @@ unsafe extern "C" {
     /// The first byte that belongs to the guest, and the first behind it.
     static guest_start: [u8; 0];
     static guest_end: [u8; 0];
+    /// The first byte behind what was loaded: code and data.
+    static guest_loaded_end: [u8; 0];
 }
 
 /// The memory that the guest keeps for itself, as start and size.
@@ -43,7 +45,14 @@ pub(super) fn own_memory() -> (u64, u64) {
     (start, end - start)
 }
 
-/// The number of the CPU that this runs on, by its stack.
+/// Code and data, as start and size.
+pub(super) fn own_loaded_memory() -> (u64, u64) {
+    let start = (&raw const guest_start).addr() as u64;
+    let end = (&raw const guest_loaded_end).addr() as u64;
+    (start, end - start)
+}
+
+/// The number of the CPU that this runs on, by its stack; on a task's stack it means nothing.
 pub(super) fn current_cpu() -> u64 {
     let stack: u64;
     // SAFETY: copies a register.

@@ -1,4 +1,5 @@
-//! Unexpected exceptions: one line that says what and where, then the end. Nothing returns from here.
+//! Unexpected exceptions: one line that says what and where, then the end. Nothing returns from here. #GP and #PF come here by way
+//! of [`async_pf`](super::async_pf), which expects some of them.
 
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -46,15 +47,28 @@ exception_stubs:
     vector = 0
     .rept {exceptions}
     .balign {stub_size}, 0xcc
+    .if vector == {general_protection}
+    jmp general_protection
+    .elseif vector == {page_fault}
+    jmp page_fault
+    .else
     .ifeq ({with_error_code} >> vector) & 1
     push $0
     .endif
     push $vector
     jmp exception_common
+    .endif
     vector = vector + 1
     .endr
+    .balign {stub_size}, 0xcc       # PAGE_READY
+    jmp page_ready
+    .balign {stub_size}, 0xcc       # TIMER
+    jmp timer_tick
+    .balign {stub_size}, 0xcc       # SPURIOUS
+    iretq
     .balign {stub_size}, 0xcc
 
+    .global exception_common
 exception_common:
     cld
     mov %rsp, %rdi
@@ -69,6 +83,8 @@ exception_common:
     stub_size = const tables::STUB_SIZE,
     stubs_address = const tables::STUBS_ADDRESS,
     with_error_code = const WITH_ERROR_CODE,
+    general_protection = const 13,
+    page_fault = const 14,
     report = sym report,
     options(att_syntax),
 );

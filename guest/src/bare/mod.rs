@@ -1,8 +1,10 @@
 //! The guest on the bare machine.
 //!
 //! [`entry`] goes from the PVH entry to ring 3 with as few instructions as it can; from there on everything runs in ring 3 with
-//! interrupts off: [`main`] on CPU 0, [`smp::secondary_main`] on the others. Ring 0 is seen again only by an exception.
+//! interrupts off: [`main`] on CPU 0, [`smp::secondary_main`] on the others. Ring 0 is seen again only by an exception, and by the
+//! interrupts and page faults of [`async_pf`] if the workload is one of tasks.
 
+mod async_pf;
 mod boot;
 mod clock;
 mod entry;
@@ -12,19 +14,23 @@ mod machine;
 mod paging;
 mod serial;
 mod smp;
+mod stacks;
 
 use core::panic::PanicInfo;
 
-use guest::command_line::{self, FaultKind, Pages as PagesWanted, Workload};
+use guest::command_line::{self, FaultKind, Pages as PagesWanted, Tasks, Workload};
 use guest::exit_code::ExitCode;
+use guest::fingerprint::PAGE_SIZE;
 use guest::machine::Machine as _;
 use guest::memory_map::MemoryMap;
 use guest::order::Order;
+use guest::workload::tasks::{self, Job};
 use guest::workload::{Pages, dirty, hello, touch, verify};
 
 use boot::Boot;
 use machine::PhysicalMachine;
 use serial::println;
+use stacks::{OwnFibers, STACK_PAGES};
 
 /// What CPU 0 has decided and every CPU does.
 struct Plan {
@@ -33,6 +39,8 @@ struct Plan {
     ram_bytes: u64,
     cpus: u64,
     ticks_per_millisecond: u64,
+    /// Where the tasks' stacks are, those of CPU 0 first.
+    stacks: u64,
 }
 
 /// Why the guest ends before its workload begins.
@@ -52,6 +60,7 @@ use refuse;
 /// CPU 0 in ring 0, between long mode and ring 3: only what ring 3 cannot do.
 extern "C" fn prepare() {
     clock::ask_cpuid();
+    async_pf::ask_cpuid();
     smp::start_secondaries();
 }
 
@@ -80,10 +89,12 @@ fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
         ram_bytes: boot.ram_bytes(),
         cpus,
         ticks_per_millisecond: 1,
+        stacks: 0,
     };
     match workload {
         Workload::Hello | Workload::Fault(_) => return Ok(plan),
         Workload::Verify { .. } | Workload::Touch { .. } | Workload::Dirty { .. } => {}
+        Workload::Tasks(Tasks { tasks, .. }) => plan.take_stacks(tasks as u64 * cpus)?,
     }
     let pages = plan.pages().map_err(|wanted| {
         let available = plan.map.count();
@@ -100,12 +111,22 @@ fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
 }
 
 impl Plan {
+    /// Takes the stacks of so many tasks out of the memory that is mapped from the start.
+    fn take_stacks(&mut self, count: u64) -> Result<(), Refusal> {
+        const MAPPED_FRAMES: u64 = 1 << 18;
+        let frame = self.map.take(count * STACK_PAGES, MAPPED_FRAMES);
+        let frame = frame.ok_or_else(|| refuse!(Machine, "error=no_room_for_stacks stacks={count}"))?;
+        self.stacks = frame * PAGE_SIZE as u64;
+        Ok(())
+    }
+
     /// The pages that the workload wants, or how many it wants in vain.
     fn pages(&self) -> Result<Pages<'_>, u64> {
         let (pages, order) = match self.workload {
             Workload::Verify { pages, order, .. }
             | Workload::Touch { pages, order, .. }
-            | Workload::Dirty { pages, order, .. } => (pages, order),
+            | Workload::Dirty { pages, order, .. }
+            | Workload::Tasks(Tasks { pages, order, .. }) => (pages, order),
             Workload::Hello | Workload::Fault(_) => (PagesWanted::First(0), Order::Sequential),
         };
         let count = match pages {
@@ -125,6 +146,7 @@ fn run(plan: &'static Plan, cpu: u64) -> ! {
             Workload::Verify { seed, full, .. } => verify::run(&machine, &pages, seed, full),
             Workload::Touch { rounds, .. } => touch::run(&machine, &pages, rounds),
             Workload::Dirty { rounds, .. } => dirty::run(&machine, &pages, rounds),
+            Workload::Tasks(options) => run_tasks(&machine, &pages, options),
             Workload::Fault(kind) if cpu == 0 => fail(kind),
             Workload::Fault(_) => exit::park(),
         },
@@ -137,6 +159,16 @@ fn run(plan: &'static Plan, cpu: u64) -> ! {
     let result = if code == ExitCode::Ok { "ok" } else { "failed" };
     machine.print(format_args!("result={result}"));
     exit::exit(code)
+}
+
+/// The workload of tasks.
+fn run_tasks(machine: &PhysicalMachine, pages: &Pages<'_>, options: Tasks) -> ExitCode {
+    let job = Job::new(machine, pages, options);
+    let area = async_pf::area(machine.cpu);
+    let first = machine.cpu * options.tasks as u64 * STACK_PAGES * PAGE_SIZE as u64;
+    // SAFETY: the plan has taken them out of the memory map, for each CPU its own.
+    let fibers = unsafe { OwnFibers::new(area, &job, machine.plan.stacks + first, options.tasks) };
+    fibers.run(options.tasks, |fibers| tasks::run(&job, fibers))
 }
 
 /// The workload that fails.

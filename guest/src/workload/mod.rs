@@ -2,6 +2,7 @@
 
 pub mod dirty;
 pub mod hello;
+pub mod tasks;
 pub mod touch;
 pub mod verify;
 
@@ -66,11 +67,14 @@ impl<'a> Pages<'a> {
 
     /// The pages of one CPU's share.
     fn of(&self, machine: &impl Machine) -> impl Iterator<Item = Page> {
-        self.share(machine).filter_map(|turn| {
-            let index = self.sequence.page(turn);
-            let frame = self.map.frame(index)?;
-            Some(Page { index, frame })
-        })
+        self.share(machine).filter_map(|turn| self.page(turn))
+    }
+
+    /// The page of a turn.
+    fn page(&self, turn: u64) -> Option<Page> {
+        let index = self.sequence.page(turn);
+        let frame = self.map.frame(index)?;
+        Some(Page { index, frame })
     }
 }
 

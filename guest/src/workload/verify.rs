@@ -14,16 +14,7 @@ pub fn run(machine: &impl Machine, pages: &Pages<'_>, seed: u64, full: bool) -> 
         if let Some(mismatch) = check(machine, page, seed, full) {
             wrong += 1;
             if wrong <= wrong_lines_per_cpu(machine) {
-                let Mismatch {
-                    word,
-                    expected,
-                    found,
-                } = mismatch;
-                let address = page.frame * PAGE_SIZE as u64 + word as u64 * 8;
-                machine.print(format_args!(
-                    "wrong_page={:#x} address={address:#x} word={word} expected={expected:#x} found={found:#x}",
-                    page.frame
-                ));
+                mismatch.print(machine, page);
             }
         }
     }
@@ -43,13 +34,30 @@ pub fn run(machine: &impl Machine, pages: &Pages<'_>, seed: u64, full: bool) -> 
 }
 
 /// The first wrong word of a page.
-struct Mismatch {
+pub(super) struct Mismatch {
     word: usize,
     expected: u64,
     found: u64,
 }
 
-fn check(machine: &impl Machine, page: Page, seed: u64, full: bool) -> Option<Mismatch> {
+impl Mismatch {
+    /// Names it.
+    pub(super) fn print(&self, machine: &impl Machine, page: Page) {
+        let Self {
+            word,
+            expected,
+            found,
+        } = self;
+        let address = page.frame * PAGE_SIZE as u64 + *word as u64 * 8;
+        machine.print(format_args!(
+            "wrong_page={:#x} address={address:#x} word={word} expected={expected:#x} found={found:#x}",
+            page.frame
+        ));
+    }
+}
+
+/// Compares a page with its fingerprint: every word of it, or three.
+pub(super) fn check(machine: &impl Machine, page: Page, seed: u64, full: bool) -> Option<Mismatch> {
     let fingerprint = Fingerprint::new(seed, page.frame);
     let check = |word| {
         let (expected, found) = (fingerprint.word(word), machine.read(page.frame, word));

@@ -1,5 +1,6 @@
 //! Where pages come from.
 
+pub mod delayed;
 pub mod file;
 pub mod remote;
 pub mod zero;

@@ -17,7 +17,7 @@ use umem::working_set::WorkingSetError;
 use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
-use crate::kvm::HostError;
+use crate::kvm::{CpuModelError, HostError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
 use crate::working_set::WorkingSetFileError;
@@ -196,6 +196,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
     match error {
         MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
         MachineError::Host(_)
+        | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
         | MachineError::Pager(StartError::Userfaultfd(
             uffd::OpenError::Permission | uffd::OpenError::Unsupported | uffd::OpenError::Features { .. },

@@ -213,7 +213,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// A time: a number of seconds, with or without `s` behind it, or of milliseconds with `ms`.
+/// A time: a number of seconds, with or without `s` behind it, of milliseconds with `ms`, or of microseconds with `us`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seconds(pub(super) Duration);
 
@@ -221,14 +221,39 @@ impl FromStr for Seconds {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (number, unit) = match text.strip_suffix("ms") {
-            Some(number) => (number, Duration::from_millis(1)),
-            None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs(1)),
-        };
+        let units = [
+            ("ms", Duration::from_millis(1)),
+            ("us", Duration::from_micros(1)),
+            ("s", Duration::from_secs(1)),
+        ];
+        let with_unit = units
+            .into_iter()
+            .find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)));
+        let (number, unit) = with_unit.unwrap_or((text, Duration::from_secs(1)));
         let number: u32 = number
             .parse()
             .map_err(|_| "expected a time such as 30s or 500ms")?;
         Ok(Self(unit * number))
+    }
+}
+
+/// A time, or two with a `-` in between: any from the first to the second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Between {
+    pub(super) min: Duration,
+    pub(super) max: Duration,
+}
+
+impl FromStr for Between {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (min, max) = text.split_once('-').unwrap_or((text, text));
+        let (Seconds(min), Seconds(max)) = (min.parse()?, max.parse()?);
+        if min > max {
+            return Err("expected the shorter time first");
+        }
+        Ok(Self { min, max })
     }
 }
 
@@ -314,6 +339,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn times_have_units_and_ranges() {
+        let between = |min, max| Between {
+            min: Duration::from_micros(min),
+            max: Duration::from_micros(max),
+        };
+        for (text, expected) in [
+            ("2ms", between(2000, 2000)),
+            ("150us", between(150, 150)),
+            ("0-3", between(0, 3_000_000)),
+            ("500us-2s", between(500, 2_000_000)),
+        ] {
+            assert_eq!(text.parse(), Ok(expected), "{text}");
+        }
+        for text in ["", "-", "1ms-", "2ms-1ms", "1h", "1ms-2ms-3ms"] {
+            assert!(text.parse::<Between>().is_err(), "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_printed_size_reads_as_itself(size: u64) {
@@ -324,6 +368,7 @@ mod tests {
         fn no_text_is_a_panic(text in ".*") {
             let _ = text.parse::<Size>();
             let _ = text.parse::<SourceUrl>();
+            let _ = text.parse::<Between>();
             let _ = parse(&text);
         }
     }

@@ -9,17 +9,19 @@ use umem::image::Image;
 use umem::link::{Address, Credentials};
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
+use umem::source::delayed::{Delay, DelayedSource};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
 use umem::units::PageIndex;
 
 use super::error::{CommandError, chain, exit_code};
-use super::options::{KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
+use super::options::{Between, KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
+use crate::kvm::AsyncPageFaults;
 use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
 use crate::ram_source::{PagerProcess, RamSource};
 use crate::report::{Report, ReportTarget, milliseconds};
@@ -32,7 +34,7 @@ const DEFAULT_SIZE: Size = Size(256 << 20);
 const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME]|attach:PATH[#NAME],source-timeout=30s,\
                              connections=N,lz4=on|off,tls-dir=DIR,\
                              backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
-                             stripes=N,checksums=on|off";
+                             stripes=N,checksums=on|off,source-delay=TIME|MIN-MAX,source-delay-seed=N";
 const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT), and there is none: a Unix socket is guarded by its \
                       file's permissions and needs no TLS";
 /// More userfaultfds would serve nobody: one is enough for many vCPUs.
@@ -160,10 +162,13 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         Some(path) if path.as_os_str() == "none" => Firmware::None,
         Some(path) => Firmware::File(path.clone()),
     };
-    let guest = match open_image(&memory)? {
+    let mut guest = match open_image(&memory)? {
         None => Guest::from_kernel(options, &memory)?,
         Some(image) => Guest::from_image(options, &memory, image)?,
     };
+    if let Some(delay) = memory.delay {
+        guest.source = make_late(guest.source, delay)?;
+    }
     let fill = memory.fill(guest.source.digest(), guest.ram)?;
     let recording = options
         .record_working_set
@@ -191,6 +196,18 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         cpus,
         async_pf,
     })
+}
+
+/// Lets every page come later than it would.
+fn make_late(source: RamSource, delay: Delay) -> Result<RamSource, CommandError> {
+    let RamSource::Source(source) = source else {
+        let text = "--memory source-delay= is for sources that this process asks, and the pager in another process is none";
+        return Err(CommandError::Usage(text.into()));
+    };
+    let start = || DelayedSource::new(source, delay);
+    let delayed = signals::with_ending_held_back(start).map_err(EventLoopError::Signals);
+    let delayed = delayed.map_err(MachineError::from)?.map_err(MachineError::Os)?;
+    Ok(RamSource::Source(Arc::new(delayed)))
 }
 
 /// What is in RAM, and how it is entered.
@@ -378,6 +395,8 @@ struct MemoryOptions {
     /// Userfaultfds that RAM is divided among.
     stripes: usize,
     checksums: Checksums,
+    /// For experiments: how late pages come.
+    delay: Option<Delay>,
 }
 
 /// `fill=`.
@@ -411,6 +430,7 @@ impl MemoryOptions {
             working_set: None,
             stripes: 1,
             checksums: Checksums::On,
+            delay: None,
         };
         let Some(text) = text else { return Ok(options) };
         let keys = [
@@ -426,6 +446,8 @@ impl MemoryOptions {
             "working-set",
             "stripes",
             "checksums",
+            "source-delay",
+            "source-delay-seed",
         ];
         let given = KeyValues::parse_repeating(text, &keys, &["source"], MEMORY_SYNTAX)?;
         options.size = given.get("size")?;
@@ -453,6 +475,13 @@ impl MemoryOptions {
             .unwrap_or(options.stripes);
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
+        let seed = given.get("source-delay-seed")?;
+        let delay = given.get("source-delay")?;
+        options.delay = delay.map(|Between { min, max }| Delay {
+            min,
+            max,
+            seed: seed.unwrap_or(0),
+        });
         Ok(options)
     }
 
@@ -512,12 +541,15 @@ impl MemoryOptions {
 }
 
 /// `--cpus`: how many, and whether they get async page faults.
-fn parse_cpus(text: Option<&str>) -> Result<(u32, bool), CommandError> {
+fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults), CommandError> {
     let wrong = |source| CommandError::Option {
         option: "--cpus",
         source,
     };
-    let Some(text) = text else { return Ok((1, true)) };
+    let default = AsyncPageFaults::IfThere;
+    let Some(text) = text else {
+        return Ok((1, default));
+    };
     let given = KeyValues::parse(text, &["boot", "async_pf"], CPUS_SYNTAX).map_err(wrong)?;
     let count = given.get("boot").map_err(wrong)?.unwrap_or(1);
     if count == 0 {
@@ -528,6 +560,7 @@ fn parse_cpus(text: Option<&str>) -> Result<(u32, bool), CommandError> {
             reason,
         }));
     }
-    let async_pf = given.choose("async_pf", &SWITCH).map_err(wrong)?.unwrap_or(true);
-    Ok((count, async_pf))
+    let choices = [("on", AsyncPageFaults::Required), ("off", AsyncPageFaults::Off)];
+    let async_pf = given.choose("async_pf", &choices).map_err(wrong)?;
+    Ok((count, async_pf.unwrap_or(default)))
 }

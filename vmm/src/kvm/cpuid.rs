@@ -20,6 +20,8 @@ mod leaf_1 {
 
 /// EAX of KVM's feature leaf: `KVM_FEATURE_ASYNC_PF`, `KVM_FEATURE_ASYNC_PF_VMEXIT` and `KVM_FEATURE_ASYNC_PF_INT`.
 const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+/// What a guest needs of them. Without the interrupt, nothing is ever delivered (since Linux 5.8).
+const ASYNC_PAGE_FAULTS_BY_INTERRUPT: u32 = 1 << 4 | 1 << 14;
 
 const LEAF_CACHES: u32 = 4;
 const LEAF_TOPOLOGY: u32 = 0xb;
@@ -47,6 +49,22 @@ pub enum CpuModelError {
     /// More leaves than KVM takes.
     #[error("the guest would have {0} CPUID leaves, KVM takes {KVM_MAX_CPUID_ENTRIES}")]
     TooManyLeaves(usize),
+    /// They were asked for, and KVM has none.
+    #[error(
+        "this host's KVM has no asynchronous page faults with an interrupt; run Linux 5.8 or newer, or leave --cpus async_pf=on away"
+    )]
+    NoAsyncPageFaults,
+}
+
+/// Whether the guest is told of KVM's asynchronous page faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AsyncPageFaults {
+    /// It is not.
+    Off,
+    /// It is, if KVM has them.
+    IfThere,
+    /// It is, and KVM must have them.
+    Required,
 }
 
 /// The CPU that all vCPUs of a VM are.
@@ -56,8 +74,8 @@ pub struct CpuModel {
 }
 
 impl CpuModel {
-    /// The host's CPU, `count` times, at least once. Without `async_pf` the guest is not told of KVM's asynchronous page faults.
-    pub fn new(host: &Host, count: u32, async_pf: bool) -> Result<Self, CpuModelError> {
+    /// The host's CPU, `count` times, at least once.
+    pub fn new(host: &Host, count: u32, async_pf: AsyncPageFaults) -> Result<Self, CpuModelError> {
         let supported = host
             .kvm()
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -68,9 +86,7 @@ impl CpuModel {
         leaves.set_processor(count, tsc_deadline);
         leaves.set_topology(count);
         leaves.set_amd_topology(count);
-        if !async_pf {
-            leaves.hide_async_page_faults();
-        }
+        leaves.set_async_page_faults(async_pf)?;
         Ok(Self { leaves })
     }
 
@@ -170,10 +186,18 @@ impl Leaves {
         }
     }
 
-    fn hide_async_page_faults(&mut self) {
+    fn set_async_page_faults(&mut self, wanted: AsyncPageFaults) -> Result<(), CpuModelError> {
+        let needed = ASYNC_PAGE_FAULTS_BY_INTERRUPT;
+        let there = self.of(LEAF_KVM_FEATURES).any(|leaf| leaf.eax & needed == needed);
+        match (wanted, there) {
+            (AsyncPageFaults::Required, false) => return Err(CpuModelError::NoAsyncPageFaults),
+            (AsyncPageFaults::Required | AsyncPageFaults::IfThere, true) => return Ok(()),
+            (AsyncPageFaults::Off, _) | (AsyncPageFaults::IfThere, false) => {}
+        }
         for leaf in self.of(LEAF_KVM_FEATURES) {
             leaf.eax &= !ASYNC_PAGE_FAULTS;
         }
+        Ok(())
     }
 
     fn set_timing(&mut self, tsc_khz: u32) {
@@ -238,7 +262,7 @@ mod tests {
 
     #[test]
     fn every_vcpu_has_its_apic_id_everywhere() {
-        let model = CpuModel::new(&Host::open().unwrap(), 3, true).unwrap();
+        let model = CpuModel::new(&Host::open().unwrap(), 3, AsyncPageFaults::IfThere).unwrap();
         for index in 0..3 {
             let cpuid = model.for_vcpu(index, Some(2_000_000)).unwrap();
             assert_eq!(find(&cpuid, 1, 0).ebx >> 24, index);
@@ -252,7 +276,7 @@ mod tests {
     fn the_guest_can_count_its_cpus() {
         let host = Host::open().unwrap();
         for (count, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (255, 8)] {
-            let cpuid = CpuModel::new(&host, count, true)
+            let cpuid = CpuModel::new(&host, count, AsyncPageFaults::IfThere)
                 .unwrap()
                 .for_vcpu(0, None)
                 .unwrap();
@@ -267,7 +291,7 @@ mod tests {
 
     #[test]
     fn the_timing_leaf_is_within_the_range() {
-        let model = CpuModel::new(&Host::open().unwrap(), 1, true).unwrap();
+        let model = CpuModel::new(&Host::open().unwrap(), 1, AsyncPageFaults::IfThere).unwrap();
         let cpuid = model.for_vcpu(0, Some(2_445_404)).unwrap();
         assert!(find(&cpuid, LEAF_HYPERVISOR, 0).eax >= LEAF_TIMING);
         let timing = find(&cpuid, LEAF_TIMING, 0);
@@ -281,13 +305,35 @@ mod tests {
             let model = CpuModel::new(&host, 1, async_pf).unwrap();
             find(&model.for_vcpu(0, None).unwrap(), LEAF_KVM_FEATURES, 0).eax
         };
-        assert_eq!(features(false), features(true) & !ASYNC_PAGE_FAULTS);
-        assert_ne!(features(false), features(true), "this host's KVM has them");
+        let (off, on) = (AsyncPageFaults::Off, AsyncPageFaults::Required);
+        assert_eq!(features(off), features(on) & !ASYNC_PAGE_FAULTS);
+        assert_ne!(features(off), features(on), "this host's KVM has them");
+        assert_eq!(features(AsyncPageFaults::IfThere), features(on));
+    }
+
+    #[test]
+    fn async_page_faults_without_their_interrupt_are_none() {
+        const OTHERS: u32 = 1 | 1 << 3;
+        let old = || {
+            Leaves(vec![kvm_cpuid_entry2 {
+                eax: OTHERS | 1 << 4 | 1 << 10,
+                ..leaf(LEAF_KVM_FEATURES, 0)
+            }])
+        };
+        for wanted in [AsyncPageFaults::Off, AsyncPageFaults::IfThere] {
+            let mut leaves = old();
+            leaves.set_async_page_faults(wanted).unwrap();
+            assert_eq!(leaves.of(LEAF_KVM_FEATURES).next().unwrap().eax, OTHERS);
+        }
+        let error = old()
+            .set_async_page_faults(AsyncPageFaults::Required)
+            .unwrap_err();
+        assert!(error.to_string().contains("--cpus async_pf=on"), "{error}");
     }
 
     #[test]
     fn the_guest_knows_that_it_is_one_and_has_x2apic() {
-        let model = CpuModel::new(&Host::open().unwrap(), 1, true).unwrap();
+        let model = CpuModel::new(&Host::open().unwrap(), 1, AsyncPageFaults::IfThere).unwrap();
         let ecx = find(&model.for_vcpu(0, None).unwrap(), 1, 0).ecx;
         assert_eq!(ecx >> 31, 1);
         assert_eq!(ecx >> 21 & 1, 1);

@@ -3,11 +3,15 @@
 mod cpuid;
 mod host;
 mod kick;
+mod msrs;
+mod tracepoints;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuModel, CpuModelError};
+pub use cpuid::{AsyncPageFaults, CpuModel, CpuModelError};
 pub use host::{Host, HostError};
 pub use kick::{Attachment, KickError, VcpuKick};
+pub use msrs::{ASYNC_PF_ENABLE, ASYNC_PF_INTERRUPT, MsrError, ParavirtualMsrs, paravirtual_msrs};
+pub use tracepoints::AsyncPageFaultCounter;
 pub use vcpu::{Bus, Exit, Vcpu, VcpuError, VcpuSetupError};
 pub use vm::{Vm, VmError};
