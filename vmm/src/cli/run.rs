@@ -475,8 +475,15 @@ impl MemoryOptions {
             .unwrap_or(options.stripes);
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
-        let seed = given.get("source-delay-seed")?;
+        let seed: Option<u64> = given.get("source-delay-seed")?;
         let delay = given.get("source-delay")?;
+        if let (Some(seed), None) = (seed, &delay) {
+            return Err(OptionError::Value {
+                key: "source-delay-seed",
+                value: seed.to_string(),
+                reason: "it is for source-delay, and there is none".into(),
+            });
+        }
         options.delay = delay.map(|Between { min, max }| Delay {
             min,
             max,
