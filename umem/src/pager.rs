@@ -369,6 +369,11 @@ impl Pager {
         self.shared.closing.store(true, Relaxed);
         self.shared.schedule.stop();
         self.shared.source.close();
+        // A source's own threads are not joined here: what they are installing is installed and counted after this, and they
+        // install nothing more.
+        for stripe in &self.shared.stripes {
+            drop(stripe.placement_alone());
+        }
         // The fault thread last: the others cannot install what they have while an event is unread.
         join(self.workers.drain(..));
         self.shared.stop_fault_threads();

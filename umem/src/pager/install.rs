@@ -73,6 +73,10 @@ impl Shared {
         while at < fetched.pages.end() {
             let stripe = self.stripe_of(at);
             let placement = stripe.placement();
+            if self.closing.load(Relaxed) {
+                // Whoever stops the pager has waited for who held the placement, and now counts what there is.
+                return Ok(());
+            }
             let run = self.wanted_run(&fetched, stripe, at);
             let Some(piece) = placement.run_at(run) else {
                 // Removed or unmapped meanwhile.

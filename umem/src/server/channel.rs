@@ -23,7 +23,7 @@ use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 use crate::wire::{
     Bitmap, BitmapKind, BitmapRequest, ChannelKind, Checksums, Encoding, Epoch, FailCode, Failed, Features,
     Goodbye, GoodbyeReason, Incoming, MAX_BITMAP_PAGES, Message, PagesHead, RefuseCode, Refused, Request,
-    RequestId, Role, VERSION, Zero,
+    RequestId, Role, VERSION, WireError, Zero,
 };
 
 /// What others than its thread need of a channel.
@@ -126,6 +126,11 @@ impl Shared {
             Ok(Message::Hello(hello)) => hello,
             // `Incoming` lets nothing else through.
             Ok(_) => return,
+            // Damaged on the way: said again, it may be a good one.
+            Err(ChannelError::Protocol(WireError::HeaderChecksum | WireError::PayloadChecksum { .. })) => {
+                self.metrics.refuse(Refusal::Garbage);
+                return;
+            }
             Err(ChannelError::Protocol(error)) => {
                 self.refuse(channel, error.refuse_code(), &error.to_string());
                 return;
