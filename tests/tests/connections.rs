@@ -167,7 +167,7 @@ fn a_frozen_server_is_noticed_within_the_time_out() {
         assert_eq!(vm.report().text("/outcome"), "source-lost");
         let last = vm.stderr.lines().last().unwrap_or_default();
         assert!(
-            last.contains("no page server was reached") && last.contains("1s"),
+            last.contains("no page server was reached") && last.contains("for 1 s"),
             "{last}"
         );
         assert!(elapsed < 3 * timeout + MARGIN / 2, "{elapsed:?}");
