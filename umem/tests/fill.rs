@@ -9,8 +9,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use common::{
     BACKINGS, Fixture, assert_all_present, eventually, expected, image, read_page, shuffled, start,
 };
-use umem::pager::{Fill, PagerOptions, TouchRecord};
-use umem::region::{Backing, PageSize};
+use umem::pager::{Fill, PagerOptions, TouchRecord, register};
+use umem::region::{Backing, PageSize, Region};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -173,6 +173,30 @@ fn what_was_recorded_is_replayed() {
             );
         }
         eventually(&pager, |stats| stats.faults.count == PAGES - set.pages());
+    }
+}
+
+/// As many as asked for, of one length but the last, side by side; no more than there are huge pages.
+#[test]
+fn stripes_divide_a_region_at_huge_pages() {
+    const PAGES: u64 = 5 * 512 + 100;
+    let region = Region::new(PAGES * PAGE_SIZE as u64, Backing::Memfd, PageSize::Small).unwrap();
+    for (asked, lengths) in [
+        (1, &[3072 - 412][..]),
+        (2, &[1536, 1124]),
+        (3, &[1024, 1024, 612]),
+        (99, &[512, 512, 512, 512, 512, 100]),
+    ] {
+        let stripes = register(&region, asked).unwrap();
+        let found: Vec<u64> = stripes.iter().map(|stripe| stripe.pages.count).collect();
+        assert_eq!(found, lengths);
+        let mut next = PageIndex(0);
+        for stripe in &stripes {
+            assert_eq!(stripe.pages.start, next);
+            assert_eq!(stripe.start, region.addresses(stripe.pages).start);
+            next = stripe.pages.end();
+        }
+        assert_eq!(next, PageIndex(PAGES));
     }
 }
 

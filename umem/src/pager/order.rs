@@ -1,8 +1,8 @@
 //! In which order a fill goes over a region: outward from a pivot, which may move.
 //!
 //! ```text
-//!   chunks   0 1 2 3 4 5 6 7 8 9          a fault in 5, then one in 1
-//!   taken          8 6 4 0 1 3 5            5, 6, 4, 7, ... 1, 2, 0, 3 ...
+//!   chunk   0 1 2 3 4 5 6 7
+//!   taken   7 6 5 3 1 0 2 4      after a fault in 5: 5, 4, 6, 3, 7, and then what is left below
 //! ```
 //!
 //! This is the *bubbling* of Hines and Gopalan, "Post-copy based live virtual machine migration using adaptive pre-paging

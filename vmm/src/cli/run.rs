@@ -571,3 +571,30 @@ fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults), CommandError
     let async_pf = given.choose("async_pf", &choices).map_err(wrong)?;
     Ok((count, async_pf.unwrap_or(default)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(options: &str) -> Fill {
+        let memory = MemoryOptions::parse(Some(options)).unwrap();
+        memory.fill(None, RamMap::new(16 << 20).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_word_is_the_fill_that_it_names() {
+        assert!(matches!(fill("size=16M"), Fill::Off));
+        assert!(matches!(fill("fill=off"), Fill::Off));
+        assert!(matches!(fill("fill=sequential"), Fill::Sequential));
+        assert!(matches!(fill("fill=near-faults"), Fill::NearFaults));
+    }
+
+    #[test]
+    fn numbers_reach_what_they_are_for() {
+        let memory = MemoryOptions::parse(Some("stripes=3,connections=4,lz4=on,source-timeout=2s")).unwrap();
+        assert_eq!(memory.stripes, 3);
+        let remote = memory.remote_options(&[]).unwrap();
+        assert_eq!((remote.connections, remote.lz4), (4, true));
+        assert_eq!(remote.timeout, std::time::Duration::from_secs(2));
+    }
+}
