@@ -15,8 +15,8 @@ use crate::units::PageRange;
 const CAPACITY: usize = 1024;
 
 /// Steps of background work under way at a time: at most as many as keep a connection busy. Demand that comes after them is
-/// behind them where they share a link or a processor, so each demand halves the number, and each step that ends without demand
-/// adds one.
+/// behind them where they share a link or a processor, and one for a page that is among them waits for it. So each demand
+/// halves the number, and as many steps as it is, ended without demand, add one.
 const WINDOW: RangeInclusive<usize> = 2..=16;
 
 /// Of threads that work for the background: a tenth of the weight of others where they compete for a CPU.
@@ -25,11 +25,33 @@ const BACKGROUND_NICENESS: i32 = 10;
 /// The longest that there is.
 const BACKGROUND_SLICE_NS: u64 = 100_000_000;
 
+/// The shortest that there is.
+const DEMAND_SLICE_NS: u64 = 100_000;
+
 /// Lets other threads of this host go before the calling one, which works for what nobody waits for: it gets less of a CPU
 /// where they compete, and whoever wakes up need not wait for the end of its slice (from Linux 6.12 on, where a thread with a
 /// shorter slice goes first).
 pub(crate) fn step_back() {
-    // As in sched_setattr(2).
+    set_attributes(
+        libc::SCHED_BATCH,
+        niceness().max(BACKGROUND_NICENESS),
+        BACKGROUND_SLICE_NS,
+    );
+}
+
+/// Lets the calling thread, for whose work a vCPU waits, go before others of this host when it wakes up, and for a short time
+/// (from Linux 6.12 on; needs no permission).
+pub(crate) fn step_forward() {
+    set_attributes(libc::SCHED_OTHER, niceness(), DEMAND_SLICE_NS);
+}
+
+/// The calling thread's, which somebody may have wanted.
+fn niceness() -> i32 {
+    rustix::process::getpriority_process(None).unwrap_or(0)
+}
+
+/// sched_setattr(2) for the calling thread. Where it fails, work is done all the same.
+fn set_attributes(policy: i32, nice: i32, slice_ns: u64) {
     #[repr(C)]
     struct Attributes {
         size: u32,
@@ -43,18 +65,18 @@ pub(crate) fn step_back() {
     }
     let attributes = Attributes {
         size: size_of::<Attributes>() as u32,
-        policy: libc::SCHED_BATCH as u32,
+        policy: policy as u32,
         flags: 0,
-        nice: BACKGROUND_NICENESS,
+        nice,
         priority: 0,
-        slice_ns: BACKGROUND_SLICE_NS,
+        slice_ns,
         deadline: 0,
         period: 0,
     };
     // SAFETY: sched_setattr reads the structure, whose size it is told, and changes the calling thread alone.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
     if result != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "cannot lower a thread's priority");
+        tracing::debug!(error = %std::io::Error::last_os_error(), "cannot change a thread's priority");
     }
 }
 
@@ -63,7 +85,9 @@ pub(crate) struct Schedule {
     inner: Mutex<Inner>,
     /// There is demand to take, or the end.
     demand: Condvar,
-    /// Nothing is outstanding any more, or there is progress, or the end.
+    /// The gate opens, or the end.
+    gate: Condvar,
+    /// There is progress, or the end.
     background: Condvar,
 }
 
@@ -76,11 +100,22 @@ struct Inner {
     background_outstanding: usize,
     /// How many there may be.
     window: usize,
+    /// Those that ended without demand since `window` changed.
+    calm: usize,
     /// Counts what background waits for.
     progress: u64,
-    /// Threads that wait for `background`: waking nobody is a system call all the same.
+    /// Threads that wait for `gate`: waking nobody is a system call all the same.
+    at_gate: usize,
+    /// Threads that wait for `background`.
     waiting: usize,
     stopped: bool,
+}
+
+impl Inner {
+    /// Whether who waits at the gate may go on.
+    fn has_room(&self) -> bool {
+        self.outstanding == 0 && self.background_outstanding <= self.window / 2
+    }
 }
 
 /// The work is to end.
@@ -94,13 +129,16 @@ impl Schedule {
             outstanding: 0,
             background_outstanding: 0,
             window: *WINDOW.end(),
+            calm: 0,
             progress: 0,
+            at_gate: 0,
             waiting: 0,
             stopped: false,
         };
         Self {
             inner: Mutex::new(inner),
             demand: Condvar::new(),
+            gate: Condvar::new(),
             background: Condvar::new(),
         }
     }
@@ -110,6 +148,7 @@ impl Schedule {
         let mut inner = self.lock();
         inner.outstanding += 1;
         inner.window = (inner.window / 2).max(*WINDOW.start());
+        inner.calm = 0;
     }
 
     /// Hands a claimed unit, whose demand has begun, to the readers.
@@ -150,17 +189,26 @@ impl Schedule {
         let mut inner = self.lock();
         inner.background_outstanding -= 1;
         if inner.outstanding == 0 {
-            inner.window = (inner.window + 1).min(*WINDOW.end());
+            inner.calm += 1;
+            if inner.calm >= inner.window {
+                inner.window = (inner.window + 1).min(*WINDOW.end());
+                inner.calm = 0;
+            }
         }
         inner.progress += 1;
         self.wake_background(inner);
     }
 
-    /// The gate: waits until no demand is outstanding, and less than the window of background work.
+    /// The gate: waits until no demand is outstanding, and less than the window of background work. Who had to wait does so until
+    /// half of the window is free: a thread that is woken for every step costs more than a small step itself.
     pub(crate) fn pass_gate(&self) -> Result<(), Stopped> {
         let mut inner = self.lock();
-        while (inner.outstanding > 0 || inner.background_outstanding >= inner.window) && !inner.stopped {
-            inner = self.wait_in_background(inner);
+        if inner.background_outstanding >= inner.window || inner.outstanding > 0 {
+            inner.at_gate += 1;
+            while !inner.has_room() && !inner.stopped {
+                inner = self.gate.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            }
+            inner.at_gate -= 1;
         }
         if inner.stopped { Err(Stopped) } else { Ok(()) }
     }
@@ -180,27 +228,25 @@ impl Schedule {
     /// Waits until more progress has been noted than `seen`.
     pub(crate) fn wait_for_progress(&self, seen: u64) -> Result<(), Stopped> {
         let mut inner = self.lock();
+        inner.waiting += 1;
         while inner.progress == seen && !inner.stopped {
-            inner = self.wait_in_background(inner);
+            inner = self
+                .background
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
         }
+        inner.waiting -= 1;
         if inner.stopped { Err(Stopped) } else { Ok(()) }
     }
 
-    fn wait_in_background<'a>(&self, mut inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        inner.waiting += 1;
-        let mut inner = self
-            .background
-            .wait(inner)
-            .unwrap_or_else(PoisonError::into_inner);
-        inner.waiting -= 1;
-        inner
-    }
-
     fn wake_background(&self, inner: MutexGuard<'_, Inner>) {
-        let waiting = inner.waiting > 0;
+        let (waiting, opens) = (inner.waiting > 0, inner.at_gate > 0 && inner.has_room());
         drop(inner);
         if waiting {
             self.background.notify_all();
+        }
+        if opens {
+            self.gate.notify_all();
         }
     }
 
@@ -208,6 +254,7 @@ impl Schedule {
     pub(crate) fn stop(&self) {
         self.lock().stopped = true;
         self.demand.notify_all();
+        self.gate.notify_all();
         self.background.notify_all();
     }
 
@@ -230,6 +277,45 @@ mod tests {
     fn submit(schedule: &Schedule, page: u64) {
         schedule.begin_demand();
         schedule.enqueue(unit(page));
+    }
+
+    /// The calling thread's policy, niceness and slice, as sched_getattr(2) tells them; the slice since Linux 6.12, before that 0.
+    fn attributes() -> (i32, i32, u64) {
+        let mut words = [0_u32; 12];
+        // SAFETY: sched_getattr writes no more bytes than it is told that there is room for.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_sched_getattr,
+                0,
+                words.as_mut_ptr(),
+                size_of_val(&words),
+                0,
+            )
+        };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        let slice = u64::from(words[6]) | u64::from(words[7]) << 32;
+        (words[1].cast_signed(), words[4].cast_signed(), slice)
+    }
+
+    #[test]
+    fn background_steps_back_and_demand_forward() {
+        let (background, demand) = thread::scope(|scope| {
+            let background = scope.spawn(|| {
+                step_back();
+                attributes()
+            });
+            let demand = scope.spawn(|| {
+                step_forward();
+                attributes()
+            });
+            (background.join().unwrap(), demand.join().unwrap())
+        });
+        let nice = niceness();
+        assert_eq!((background.0, background.1), (libc::SCHED_BATCH, nice.max(10)));
+        assert_eq!((demand.0, demand.1), (libc::SCHED_OTHER, nice));
+        if demand.2 != 0 {
+            assert_eq!((background.2, demand.2), (BACKGROUND_SLICE_NS, DEMAND_SLICE_NS));
+        }
     }
 
     #[test]
@@ -274,11 +360,36 @@ mod tests {
             schedule.end_demand();
         }
         assert_eq!(schedule.lock().window, 2);
-        for ended in 0..20 {
-            schedule.begin_background();
-            schedule.end_background();
-            assert_eq!(schedule.lock().window, (3 + ended).min(16));
+        for window in 2..=16 {
+            for _ in 0..window {
+                assert_eq!(schedule.lock().window, window);
+                schedule.begin_background();
+                schedule.end_background();
+            }
         }
+        assert_eq!(schedule.lock().window, 16);
+    }
+
+    #[test]
+    fn who_waits_for_room_waits_for_half_the_window() {
+        let schedule = Schedule::new();
+        for _ in 0..16 {
+            schedule.pass_gate().unwrap();
+            schedule.begin_background();
+        }
+        thread::scope(|scope| {
+            let gate = scope.spawn(|| {
+                schedule.pass_gate().unwrap();
+                schedule.lock().background_outstanding
+            });
+            while schedule.lock().at_gate == 0 {
+                thread::yield_now();
+            }
+            for _ in 0..8 {
+                schedule.end_background();
+            }
+            assert_eq!(gate.join().unwrap(), 8);
+        });
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::install::Fetched;
 use super::stripe::Stripe;
 use super::{FaultClass, Notice, PagerError, TouchRecord};
 use crate::region::{PageSize, Region};
-use crate::schedule::Schedule;
+use crate::schedule::{Schedule, step_forward};
 use crate::source::{Class, Content, PageSink, PageSource, SourceError};
 use crate::states::{Arrival, PageState, PageStates};
 use crate::stats::Histogram;
@@ -60,6 +60,7 @@ impl Shared {
 
     /// A reader thread: fetches what the fault thread could not have at once.
     pub(super) fn serve_demand(self: Arc<Self>) {
+        step_forward();
         let mut buffer = Self::buffer(self.page_size.pages());
         while let Ok(unit) = self.schedule.take() {
             let result = match self.source.read(unit, Class::Demand, &mut buffer) {

@@ -18,7 +18,7 @@ use super::{KEEP_ALIVE, PATIENCE, STEP, Shared};
 use crate::channel::{ChannelError, Receiver, Sender};
 use crate::image::{ReadError, Wait};
 use crate::link::Stream;
-use crate::schedule::step_back;
+use crate::schedule::{step_back, step_forward};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 use crate::wire::{
     Bitmap, BitmapKind, BitmapRequest, ChannelKind, Checksums, Encoding, Epoch, FailCode, Failed, Features,
@@ -157,8 +157,9 @@ impl Shared {
             session: welcome.session,
         };
         self.metrics.open(kind);
-        if kind == ChannelKind::Background {
-            step_back();
+        match kind {
+            ChannelKind::Demand => step_forward(),
+            _ => step_back(),
         }
         self.join(number, client);
         let welcomed = channel.sender().send(&Message::Welcome(welcome));

@@ -11,7 +11,7 @@ use super::opened::{Opened, Opening};
 use super::{Ended, RemoteError, Shared};
 use crate::channel::{ChannelError, Receiver, Sender};
 use crate::link::Stream;
-use crate::schedule::step_back;
+use crate::schedule::{step_back, step_forward};
 use crate::source::{Content, PageSink, SourceError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 use crate::wire::{
@@ -75,8 +75,9 @@ impl Keeper {
 
     /// Keeps the lane, which may have a connection already, to a server at this place in the list.
     pub(super) fn run(mut self, mut opened: Option<(usize, Opened)>) {
-        if self.lane.kind == ChannelKind::Background {
-            step_back();
+        match self.lane.kind {
+            ChannelKind::Demand => step_forward(),
+            _ => step_back(),
         }
         while let Some((server, opened)) = opened.take().or_else(|| self.connect()) {
             let Some(mut link) = self.resume(server, opened) else {
