@@ -16,6 +16,15 @@ pub fn kvm() -> Result<(), String> {
         .map_err(|error| format!("/dev/kvm: {error}"))
 }
 
+/// Whether this process may use more than one CPU, or else why not.
+pub fn two_cpus() -> Result<(), String> {
+    match std::thread::available_parallelism() {
+        Ok(count) if count.get() > 1 => Ok(()),
+        Ok(_) => Err("there is one CPU".into()),
+        Err(error) => Err(format!("the number of CPUs: {error}")),
+    }
+}
+
 /// Whether this process may have a mount namespace of its own, or else why not.
 pub fn mount_namespace() -> Result<(), String> {
     succeeds("unshare", &["--mount", "--propagation", "private", "true"])

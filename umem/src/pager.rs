@@ -44,6 +44,7 @@ use std::time::Instant;
 use std::{fmt, io};
 
 use rustix::event::EventfdFlags;
+use rustix::thread::CpuSet;
 
 use self::faults::FaultThread;
 pub use self::record::{MAX_TOUCHED, TouchRecord};
@@ -89,6 +90,8 @@ pub struct PagerOptions {
     pub stripes: usize,
     /// Where pages are written down in the order in which they are first touched.
     pub record: Option<Arc<TouchRecord>>,
+    /// The CPUs that threads which serve demand are bound to, if they are.
+    pub demand_cpus: Option<CpuSet>,
 }
 
 impl From<Fill> for PagerOptions {
@@ -97,6 +100,7 @@ impl From<Fill> for PagerOptions {
             fill,
             stripes: 1,
             record: None,
+            demand_cpus: None,
         }
     }
 }
@@ -308,7 +312,12 @@ impl Pager {
         options: PagerOptions,
         observer: Observer,
     ) -> Result<Self, StartError> {
-        let PagerOptions { fill, record, .. } = options;
+        let PagerOptions {
+            fill,
+            record,
+            demand_cpus,
+            ..
+        } = options;
         let Memory {
             stripes,
             page_size,
@@ -337,6 +346,7 @@ impl Pager {
             closing: AtomicBool::new(false),
             last_fault: AtomicU64::new(0),
             record,
+            demand_cpus,
             stop,
             observer,
         });

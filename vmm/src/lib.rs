@@ -6,6 +6,7 @@
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
 //! - [`machine`]: all of it put together and run;
+//! - [`thread_placement`]: on which CPUs vCPUs and pager run;
 //! - [`ending`]: why a VM stopped;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
@@ -22,4 +23,5 @@ pub mod memory;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod thread_placement;
 pub mod working_set;

@@ -26,6 +26,7 @@ use crate::kvm::{
 use crate::memory::GuestMemory;
 use crate::ram_source::{RamSource, ServingPager};
 use crate::report::{Process, Report, milliseconds};
+use crate::thread_placement::{Placement, PlacementError, Places};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
 /// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
@@ -69,6 +70,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Whether KVM offers async page faults to it.
     pub async_pf: AsyncPageFaults,
+    /// Where its threads run.
+    pub placement: Placement,
 }
 
 /// Why a VM could not be run, or not to its end.
@@ -114,6 +117,9 @@ pub enum MachineError {
         /// The most that a slot takes.
         most: u64,
     },
+    /// Its threads cannot run where they should.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// No memory for RAM.
     #[error("cannot make guest memory")]
     Region(#[from] RegionError),
@@ -153,6 +159,7 @@ struct Running {
     /// The threads that run vCPUs are told here.
     threads: mpsc::Sender<Pid>,
     stopper: Stopper,
+    places: Places,
 }
 
 /// Runs a VM until it ends; fills in `report` but for the outcome. `started` is when the program began.
@@ -164,11 +171,12 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
     let host = Host::open()?;
     let vm = Vm::new(&host)?;
     check_limits(config, &host, &vm)?;
+    let places = Places::choose(config.placement, config.cpus)?;
     clock.lap("vm");
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
     let failure = Arc::new(OnceLock::new());
-    let mut pager = start_pager(config, &region, &failure, event_loop.stopper())?;
+    let mut pager = start_pager(config, &region, &failure, event_loop.stopper(), &places)?;
     let pages = region.pages();
     let recording = config
         .recording
@@ -204,6 +212,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         first_instruction: OnceLock::new(),
         threads,
         stopper: event_loop.stopper(),
+        places,
     });
     let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
     clock.lap("vcpus");
@@ -287,6 +296,7 @@ fn start_pager(
     region: &Arc<Region>,
     failure: &Arc<OnceLock<Arc<PagerError>>>,
     stopper: Stopper,
+    places: &Places,
 ) -> Result<ServingPager, StartError> {
     let failure = Arc::clone(failure);
     let observer = move |notice| match notice {
@@ -297,9 +307,11 @@ fn start_pager(
             stopper.end(Ending::Stopped);
         }
     };
-    config
-        .source
-        .serve(Arc::clone(region), config.pager.clone(), observer)
+    let options = PagerOptions {
+        demand_cpus: places.demand,
+        ..config.pager.clone()
+    };
+    config.source.serve(Arc::clone(region), options, observer)
 }
 
 /// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on.
@@ -368,6 +380,7 @@ fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), Mach
 fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
     // Before anything can fail: it is waited for.
     let _ = running.threads.send(rustix::thread::gettid());
+    running.places.bind_vcpu(vcpu.index());
     let kick = vcpu.kick_handle();
     let _attached = match kick.attach() {
         Ok(attached) => attached,

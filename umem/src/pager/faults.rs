@@ -13,7 +13,6 @@ use super::install::{EVENT_PATIENCE, Fetched, Wake, is_transient};
 use super::shared::Shared;
 use super::stripe::Piece;
 use super::{FaultClass, PagerError};
-use crate::schedule::step_forward;
 use crate::source::{Class, Content};
 use crate::states::{Arrival, Claim, PageState};
 use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
@@ -54,7 +53,7 @@ impl FaultThread {
 
     pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        step_forward();
+        shared.prepare_demand_thread();
         let result = self.serve();
         // What cannot be installed now never will be: whoever tries gives up.
         shared.stripes[self.stripe].events_ended.store(true, Release);

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use rustix::fd::OwnedFd;
+use rustix::thread::CpuSet;
 
 use super::install::Fetched;
 use super::stripe::Stripe;
@@ -48,6 +49,7 @@ pub(super) struct Shared {
     /// The page of the latest fault that had to be served from the source.
     pub(super) last_fault: AtomicU64,
     pub(super) record: Option<Arc<TouchRecord>>,
+    pub(super) demand_cpus: Option<CpuSet>,
     pub(super) stop: OwnedFd,
     pub(super) observer: Observer,
 }
@@ -58,9 +60,19 @@ impl Shared {
         vec![0; PageRange::new(PageIndex(0), pages).bytes()]
     }
 
+    /// Makes the calling thread one that serves demand.
+    pub(super) fn prepare_demand_thread(&self) {
+        step_forward();
+        if let Some(cpus) = &self.demand_cpus
+            && let Err(error) = rustix::thread::sched_setaffinity(None, cpus)
+        {
+            tracing::warn!(%error, "cannot bind a thread of the pager to its CPUs");
+        }
+    }
+
     /// A reader thread: fetches what the fault thread could not have at once.
     pub(super) fn serve_demand(self: Arc<Self>) {
-        step_forward();
+        self.prepare_demand_thread();
         let mut buffer = Self::buffer(self.page_size.pages());
         while let Ok(unit) = self.schedule.take() {
             let result = match self.source.read(unit, Class::Demand, &mut buffer) {

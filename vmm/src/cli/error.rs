@@ -20,6 +20,7 @@ use crate::devices::EventLoopError;
 use crate::kvm::{CpuModelError, HostError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
+use crate::thread_placement::PlacementError;
 use crate::working_set::WorkingSetFileError;
 
 /// Exit codes, as the manual promises them.
@@ -202,6 +203,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
             uffd::OpenError::Permission | uffd::OpenError::Unsupported | uffd::OpenError::Features { .. },
         )) => exit_code::HOST,
         MachineError::TooManyCpus { .. }
+        | MachineError::Placement(PlacementError::NoneLeft { .. })
         | MachineError::RamTooLarge { .. }
         | MachineError::RamBeyondSlot { .. }
         | MachineError::Region(RegionError::Size { .. } | RegionError::TooLarge { .. })
@@ -221,6 +223,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::Console(_)
         // The VM has run by then.
         | MachineError::WorkingSet(_)
+        | MachineError::Placement(PlacementError::Unknown(_))
         | MachineError::Os(_) => exit_code::RUNTIME,
     }
 }

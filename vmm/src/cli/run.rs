@@ -26,6 +26,7 @@ use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
 use crate::ram_source::{PagerProcess, RamSource};
 use crate::report::{Report, ReportTarget, milliseconds};
 use crate::signals;
+use crate::thread_placement::Placement;
 use crate::working_set::{self, Recording};
 
 /// RAM where neither an image nor the command line says how much.
@@ -40,7 +41,7 @@ const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT),
 /// More userfaultfds would serve nobody: one is enough for many vCPUs.
 const MAX_STRIPES: usize = 64;
 
-const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
+const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off,placement=free|beside|apart";
 
 /// What `umem run` takes.
 #[derive(Debug, Args)]
@@ -156,7 +157,7 @@ fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
 
 fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
     let memory = MemoryOptions::parse(options.memory.as_deref())?;
-    let (cpus, async_pf) = parse_cpus(options.cpus.as_deref())?;
+    let (cpus, async_pf, placement) = parse_cpus(options.cpus.as_deref())?;
     let firmware = match &options.firmware {
         None => Firmware::BuiltIn,
         Some(path) if path.as_os_str() == "none" => Firmware::None,
@@ -168,6 +169,11 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
     };
     if let Some(delay) = memory.delay {
         guest.source = make_late(guest.source, delay)?;
+    }
+    if placement != Placement::Free && matches!(guest.source, RamSource::Pager(_)) {
+        let text =
+            "--cpus placement= is for a pager in this process, and the one of source=attach: is in another";
+        return Err(CommandError::Usage(text.into()));
     }
     let fill = memory.fill(guest.source.digest(), guest.ram)?;
     let recording = options
@@ -190,11 +196,13 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
             record: recording
                 .as_ref()
                 .map(|recording| Arc::clone(recording.touched())),
+            demand_cpus: None,
         },
         recording,
         firmware,
         cpus,
         async_pf,
+        placement,
     })
 }
 
@@ -548,16 +556,16 @@ impl MemoryOptions {
 }
 
 /// `--cpus`: how many, and whether they get async page faults.
-fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults), CommandError> {
+fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults, Placement), CommandError> {
     let wrong = |source| CommandError::Option {
         option: "--cpus",
         source,
     };
     let default = AsyncPageFaults::IfThere;
     let Some(text) = text else {
-        return Ok((1, default));
+        return Ok((1, default, Placement::default()));
     };
-    let given = KeyValues::parse(text, &["boot", "async_pf"], CPUS_SYNTAX).map_err(wrong)?;
+    let given = KeyValues::parse(text, &["boot", "async_pf", "placement"], CPUS_SYNTAX).map_err(wrong)?;
     let count = given.get("boot").map_err(wrong)?.unwrap_or(1);
     if count == 0 {
         let reason = "a VM needs at least one vCPU".into();
@@ -569,7 +577,13 @@ fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults), CommandError
     }
     let choices = [("on", AsyncPageFaults::Required), ("off", AsyncPageFaults::Off)];
     let async_pf = given.choose("async_pf", &choices).map_err(wrong)?;
-    Ok((count, async_pf.unwrap_or(default)))
+    let choices = [
+        ("free", Placement::Free),
+        ("beside", Placement::Beside),
+        ("apart", Placement::Apart),
+    ];
+    let placement = given.choose("placement", &choices).map_err(wrong)?;
+    Ok((count, async_pf.unwrap_or(default), placement.unwrap_or_default()))
 }
 
 #[cfg(test)]
