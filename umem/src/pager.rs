@@ -55,7 +55,7 @@ use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
 use crate::source::{PageSource, SourceError, SourceStats};
 use crate::states::{Arrival, PageStates, StateCounts};
-use crate::stats::{Histogram, Summary};
+use crate::stats::{Distribution, Histogram, Summary};
 use crate::uffd::{self, Features, InstallError, Userfaultfd};
 use crate::units::{HostAddress, PageIndex, PageRange};
 use crate::working_set::WorkingSet;
@@ -108,6 +108,10 @@ pub enum Notice {
     AllPagesPresent,
     /// A page cannot be had, and whoever waits for it waits for ever. Told once.
     Failed(Arc<PagerError>),
+    /// The connection to the source is lost, for the reason given, and is being made anew: until then pages do not come.
+    SourceLost(String),
+    /// It was made anew.
+    SourceBack,
 }
 
 /// Why a pager cannot go on.
@@ -227,6 +231,8 @@ pub struct PagerStats {
     pub faults: Summary,
     /// The same by class.
     pub fault_classes: [Summary; FaultClass::ALL.len()],
+    /// The same by class, in full; empty for a pager in another process.
+    pub fault_distributions: [Distribution; FaultClass::ALL.len()],
     /// When all pages were there.
     pub all_present_at: Option<Instant>,
     /// What the source did.
@@ -394,6 +400,7 @@ impl Pager {
             duplicate: shared.duplicate.load(Relaxed),
             faults: Histogram::summary_of(&histograms),
             fault_classes: std::array::from_fn(|class| shared.latency[class].summary()),
+            fault_distributions: std::array::from_fn(|class| shared.latency[class].distribution()),
             all_present_at: shared.all_present_at.get().copied(),
             source: shared.source.stats(),
         }

@@ -291,6 +291,7 @@ fn start_pager(
     let failure = Arc::clone(failure);
     let observer = move |notice| match notice {
         Notice::AllPagesPresent => tracing::info!("all pages are present"),
+        Notice::SourceLost(_) | Notice::SourceBack => {}
         Notice::Failed(error) => {
             // Told once, and before the end that it makes.
             let _ = failure.set(error);

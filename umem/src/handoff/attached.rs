@@ -16,6 +16,7 @@ use rustix::fs::MemfdFlags;
 
 use super::passing::{PassingError, receive, send};
 use super::{FailureKind, Figures, FillKind, Message, Serve, StripePlace, VERSION};
+use crate::causes::chain;
 use crate::link::{Address, Stream};
 use crate::pager::{
     self, Fill, Notice, PagerError, PagerOptions, PagerStats, RegisteredStripe, StartError,
@@ -339,6 +340,7 @@ impl AttachedPager {
             duplicate: figures.duplicate,
             faults: figures.faults,
             fault_classes: figures.fault_classes,
+            fault_distributions: Default::default(),
             all_present_at: shared.all_present_at.get().copied(),
             source,
         }
@@ -428,6 +430,7 @@ impl Shared {
                 Ended::Gone(_) if self.closing.load(SeqCst) || self.all_present_at.get().is_some() => return,
                 Ended::Gone(error) => {
                     tracing::warn!(pager = %self.pager, error = &error as &dyn std::error::Error, "pager lost, looking for it anew");
+                    (self.observer)(Notice::SourceLost(chain(&error)));
                 }
                 Ended::Failed(kind, error) => return self.fail(kind, error),
             }
@@ -452,6 +455,10 @@ impl Shared {
                     }
                     connection.stream = Some(Arc::clone(&stream));
                     connection.reconnects += u64::from(!first);
+                    drop(connection);
+                    if !first {
+                        (self.observer)(Notice::SourceBack);
+                    }
                     return Ok(Some(stream));
                 }
                 Err(error) => error,

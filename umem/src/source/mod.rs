@@ -74,6 +74,12 @@ pub trait PageSink: Send + Sync {
 
     /// Pages that were submitted will not come.
     fn failed(&self, error: SourceError);
+
+    /// The source is out of reach. It is looked for, and until it is [back](Self::back) nothing comes.
+    fn lost(&self, _why: &dyn Error) {}
+
+    /// The source is in reach again.
+    fn back(&self) {}
 }
 
 /// Where the pages of a region come from. It is asked from several threads at once.

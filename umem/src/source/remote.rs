@@ -15,7 +15,7 @@ mod url;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -98,6 +98,8 @@ struct Shared {
     /// Of every [`MAX_BITMAP_PAGES`] pages, once asked for, which hold something.
     data: Vec<OnceLock<Vec<u8>>>,
     closing: AtomicBool,
+    /// Lanes that had a connection and have none. Held while the sink is told, so that it is told in order.
+    lost: Mutex<usize>,
     bytes: AtomicU64,
     requests: AtomicU64,
     reconnects: AtomicU64,
@@ -180,6 +182,7 @@ impl RemoteSource {
                 .map(|_| OnceLock::new())
                 .collect(),
             closing: AtomicBool::new(false),
+            lost: Mutex::default(),
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
@@ -328,6 +331,10 @@ impl Shared {
             .get()
             .map(Vec::as_slice)
             .ok_or_else(|| SourceError::Lost(RemoteError::Closed.into()))
+    }
+
+    fn lost(&self) -> MutexGuard<'_, usize> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remember_session(&self, server: usize, session: SessionId) {

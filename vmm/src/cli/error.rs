@@ -1,8 +1,5 @@
 //! What every command ends with: an exit code, and one chain of causes.
 
-use std::error::Error;
-use std::fmt::Write;
-
 use thiserror::Error;
 use umem::handoff::AttachError;
 use umem::image::{self, WriteError};
@@ -165,21 +162,6 @@ impl CommandError {
     }
 }
 
-/// An error and all its causes in one line, outermost first, none twice.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        // An error that only passes on another has that one's message.
-        if !text.ends_with(&message) {
-            let _ = write!(text, ": {message}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
 fn working_set_exit_code(error: &WorkingSetFileError) -> u8 {
     match error {
         WorkingSetFileError::Read { .. }
@@ -262,6 +244,7 @@ fn is_path_error(error: &std::io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umem::causes::chain;
 
     #[test]
     fn a_chain_says_nothing_twice() {

@@ -23,7 +23,8 @@ use clap::{Args, Parser, Subcommand};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use tracing_subscriber::EnvFilter;
 
-use error::{CommandError, chain, exit_code};
+use error::{CommandError, exit_code};
+use umem::causes::chain;
 
 /// Runs KVM virtual machines whose memory is still somewhere else.
 #[derive(Debug, Parser)]

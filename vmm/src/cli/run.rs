@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use umem::causes::chain;
 use umem::image::Image;
 use umem::link::{Address, Credentials};
 use umem::pager::{Fill, PagerOptions};
@@ -15,7 +16,7 @@ use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteU
 use umem::source::zero::ZeroSource;
 use umem::units::PageIndex;
 
-use super::error::{CommandError, chain, exit_code};
+use super::error::{CommandError, exit_code};
 use super::options::{Between, KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};

@@ -20,9 +20,6 @@ use umem::server::Server;
 use super::error::CommandError;
 use crate::{http, signals};
 
-/// What Prometheus and others take it for.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
 /// What `umem serve` takes.
 #[derive(Debug, Args)]
 pub(super) struct ServeOptions {
@@ -111,7 +108,8 @@ pub(super) fn run(options: &ServeOptions) -> Result<(), CommandError> {
     }
     if let Some(listener) = metrics {
         let server = server.clone();
-        let metrics = move || async move { ([(CONTENT_TYPE, METRICS_TYPE)], server.metrics()) };
+        let metrics =
+            move || async move { ([(CONTENT_TYPE, umem::metrics::CONTENT_TYPE)], server.metrics()) };
         http::serve(listener, Router::new().route("/metrics", get(metrics))).map_err(CommandError::Serve)?;
     }
     thread::scope(|scope| {
