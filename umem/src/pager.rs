@@ -40,7 +40,7 @@ mod stripe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use rustix::event::EventfdFlags;
@@ -404,6 +404,23 @@ impl Pager {
             all_present_at: shared.all_present_at.get().copied(),
             source: shared.source.stats(),
         }
+    }
+
+    /// The page that somebody has waited for longest, and for how long.
+    pub fn longest_wait(&self) -> Option<(PageIndex, Duration)> {
+        let waiting = self.shared.waiting();
+        let longest = waiting.iter().min_by_key(|waiting| waiting.since)?;
+        Some((longest.unit, longest.since.elapsed()))
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
+    }
+
+    /// Where its pages come from.
+    pub fn source(&self) -> Arc<dyn PageSource> {
+        Arc::clone(&self.shared.source)
     }
 
     /// The most memory that its page-state table can take, in bytes.

@@ -6,6 +6,7 @@
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
 //! - [`machine`]: all of it put together and run;
+//! - [`control`]: a VM that runs, in the hands of other threads;
 //! - [`ending`]: why a VM stopped;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
@@ -13,6 +14,7 @@
 pub mod address_map;
 pub mod boot;
 pub mod cli;
+pub mod control;
 pub mod devices;
 pub mod ending;
 mod http;

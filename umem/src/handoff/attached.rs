@@ -24,7 +24,7 @@ use crate::pager::{
 };
 use crate::region::Region;
 use crate::source::SourceError;
-use crate::states::{Arrival, PageStates};
+use crate::states::{Arrival, PageStates, StateCounts};
 use crate::uffd::InstallError;
 use crate::units::PageIndex;
 
@@ -226,6 +226,8 @@ struct Connection {
     stream: Option<Arc<UnixStream>>,
     /// Times that a pager was found again.
     reconnects: u64,
+    /// Since when there is none; nothing before the first.
+    lost_since: Option<Instant>,
 }
 
 impl AttachedPager {
@@ -326,13 +328,12 @@ impl AttachedPager {
     /// What was done so far; latencies and what the source did only after the end.
     pub fn stats(&self) -> PagerStats {
         let shared = &self.shared;
-        // The transitions are the other process's.
-        shared.states.recount();
+        let states = self.states();
         let figures = shared.figures.get().cloned().unwrap_or_default();
         let mut source = figures.source;
         source.reconnects = shared.lock().reconnects;
         PagerStats {
-            states: shared.states.counts(),
+            states,
             populated_at_start: 0,
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
@@ -344,6 +345,19 @@ impl AttachedPager {
             all_present_at: shared.all_present_at.get().copied(),
             source,
         }
+    }
+
+    /// How many pages are in which state.
+    pub fn states(&self) -> StateCounts {
+        // The transitions are the other process's.
+        self.shared.states.recount();
+        self.shared.states.counts()
+    }
+
+    /// For how long somebody has been waiting in vain: since the pager was lost, if a page is waited for now.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        let since = self.shared.lock().lost_since?;
+        self.shared.somebody_waits().then(|| since.elapsed())
     }
 
     /// The most memory that its page-state table can take, in bytes.
@@ -430,6 +444,7 @@ impl Shared {
                 Ended::Gone(_) if self.closing.load(SeqCst) || self.all_present_at.get().is_some() => return,
                 Ended::Gone(error) => {
                     tracing::warn!(pager = %self.pager, error = &error as &dyn std::error::Error, "pager lost, looking for it anew");
+                    self.lock().lost_since = Some(Instant::now());
                     (self.observer)(Notice::SourceLost(chain(&error)));
                 }
                 Ended::Failed(kind, error) => return self.fail(kind, error),
@@ -455,6 +470,7 @@ impl Shared {
                     }
                     connection.stream = Some(Arc::clone(&stream));
                     connection.reconnects += u64::from(!first);
+                    connection.lost_since = None;
                     drop(connection);
                     if !first {
                         (self.observer)(Notice::SourceBack);

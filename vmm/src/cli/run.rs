@@ -20,6 +20,7 @@ use super::error::{CommandError, exit_code};
 use super::options::{Between, KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
+use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
@@ -87,7 +88,9 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
         .map_err(CommandError::NoReport)?;
     let mut report = Report::default();
     let result = configure(options)
-        .and_then(|config| machine::run(&config, started, &mut report).map_err(CommandError::from))
+        .and_then(|config| {
+            machine::run(&config, &Control::new(), started, &mut report).map_err(CommandError::from)
+        })
         .and_then(|outcome| judge(outcome, &mut report));
     if report.outcome.is_empty() {
         report.outcome = "error";
