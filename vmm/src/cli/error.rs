@@ -11,9 +11,11 @@ use umem::source::remote::RemoteError;
 use umem::uffd;
 use umem::working_set::WorkingSetError;
 
+use super::ctl::CtlError;
 use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
+use crate::events::EventFileError;
 use crate::kvm::{CpuModelError, HostError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
@@ -115,6 +117,12 @@ pub(super) enum CommandError {
     /// No working set.
     #[error(transparent)]
     WorkingSet(#[from] WorkingSetFileError),
+    /// There is no place for events.
+    #[error(transparent)]
+    Events(#[from] EventFileError),
+    /// A running VM does not do what it is asked.
+    #[error(transparent)]
+    Ctl(#[from] CtlError),
     /// The log cannot be written.
     #[error("cannot open log file '{path}'")]
     LogFile {
@@ -137,10 +145,12 @@ impl CommandError {
             | Self::Vcpu(_)
             | Self::Serve(_)
             | Self::Output(_)
+            | Self::Ctl(_)
             | Self::Report(_) => exit_code::RUNTIME,
             Self::Option { .. }
             | Self::Usage(_)
             | Self::NoReport(_)
+            | Self::Events(_)
             | Self::Listen(_)
             | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })

@@ -5,13 +5,13 @@ use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use guest::fingerprint::Fingerprint;
-use indicatif::{ProgressBar, ProgressStyle};
 use umem::image::{Image, ImageWriter};
 use umem::publish::Existing;
 use umem::units::{PAGE_SIZE, PageIndex};
 
 use super::error::CommandError;
 use super::options::Size;
+use super::progress;
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig};
 
 /// What there is to do with images.
@@ -145,7 +145,7 @@ fn write_pages(
         }
         return Ok(());
     };
-    let progress = progress_bar("filling", layout.ram().size());
+    let progress = progress::bar("filling", layout.ram().size());
     for range in layout.ram().ranges() {
         for offset in (range.offset..range.offset + range.size).step_by(PAGE_SIZE) {
             let page = PageIndex::containing(offset);
@@ -204,7 +204,7 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
 
 fn verify(path: &Path) -> Result<(), CommandError> {
     let image = Image::open(path)?;
-    let progress = progress_bar("verifying", image.footer().ram_size);
+    let progress = progress::bar("verifying", image.footer().ram_size);
     let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
     progress.finish_and_clear();
     for page in &verified.corrupt {
@@ -228,16 +228,4 @@ fn verify(path: &Path) -> Result<(), CommandError> {
         verified.data_pages
     );
     Ok(())
-}
-
-/// A bar over bytes, on a terminal; nothing elsewhere.
-fn progress_bar(what: &'static str, bytes: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template(
-        "{msg:10} {wide_bar} {bytes:>10}/{total_bytes} {binary_bytes_per_sec:>12} {eta:>4}",
-    );
-    let bar = ProgressBar::new(bytes).with_message(what);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }

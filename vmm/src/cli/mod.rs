@@ -8,9 +8,12 @@ macro_rules! say {
 }
 
 mod check;
+mod ctl;
 mod error;
 mod image;
 mod options;
+mod oversight;
+mod progress;
 mod run;
 mod serve;
 
@@ -57,6 +60,8 @@ enum Verb {
         #[command(subcommand)]
         verb: image::ImageVerb,
     },
+    /// Drive a running VM through its API socket
+    Ctl(ctl::CtlOptions),
     /// Say what this host offers, and how to get what it lacks
     Check(check::CheckOptions),
 }
@@ -93,6 +98,10 @@ pub fn main() -> ExitCode {
         Verb::Image { verb } => {
             end_when_nobody_reads();
             image::run(verb)
+        }
+        Verb::Ctl(options) => {
+            end_when_nobody_reads();
+            ctl::run(options)
         }
         Verb::Check(options) => {
             end_when_nobody_reads();

@@ -18,9 +18,9 @@ use umem::units::PageIndex;
 
 use super::error::{CommandError, exit_code};
 use super::options::{Between, KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
+use super::oversight::{Oversight, OversightOptions};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
-use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
@@ -77,6 +77,8 @@ pub(super) struct RunOptions {
     /// Write a report of the run to FILE, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    #[command(flatten)]
+    oversight: OversightOptions,
 }
 
 pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandError> {
@@ -87,9 +89,13 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
         .transpose()
         .map_err(CommandError::NoReport)?;
     let mut report = Report::default();
-    let result = configure(options)
-        .and_then(|config| {
-            machine::run(&config, &Control::new(), started, &mut report).map_err(CommandError::from)
+    let mut oversight = None;
+    let result = Oversight::start(&options.oversight, started)
+        .and_then(|begun| {
+            let oversight = oversight.insert(begun);
+            let config = configure(options)?;
+            oversight.watch(&config)?;
+            Ok(machine::run(&config, oversight.control(), started, &mut report)?)
         })
         .and_then(|outcome| judge(outcome, &mut report));
     if report.outcome.is_empty() {
@@ -97,6 +103,9 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
     }
     report.error = result.as_ref().err().map(|error| chain(error));
     report.total_ms = milliseconds(started.elapsed());
+    if let Some(oversight) = oversight {
+        oversight.finish(&report);
+    }
     let written = target.map_or(Ok(()), |target| report.write(target));
     match (result, written) {
         (Ok(()), written) => Ok(written?),

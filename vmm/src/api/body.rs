@@ -1,0 +1,43 @@
+//! What a request brings.
+
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+
+/// The most that a body may be: far more than any request needs.
+const MOST: usize = 64 << 10;
+
+/// How long a body may take to come.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a request has to say that says nothing: no body, or an empty object.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+/// The body as a `T`; without a body, what `{}` is.
+///
+/// One that says itself that it is too long is not read at all.
+pub(super) async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
+    if body.size_hint().lower() > MOST as u64 {
+        return Err(ApiError::TooLarge(MOST));
+    }
+    let bytes = tokio::time::timeout(PATIENCE, Limited::new(body, MOST).collect())
+        .await
+        .map_err(|_| ApiError::TooSlow(PATIENCE.as_secs()))?
+        .map_err(|error| {
+            if error.is::<LengthLimitError>() {
+                ApiError::TooLarge(MOST)
+            } else {
+                ApiError::BrokenBody(axum::Error::new(error))
+            }
+        })?
+        .to_bytes();
+    let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+    serde_json::from_slice(text).map_err(ApiError::BadBody)
+}
