@@ -8,6 +8,7 @@
 //! - [`machine`]: all of it put together and run;
 //! - [`control`]: a VM that runs, in the hands of other threads;
 //! - [`ending`]: why a VM stopped;
+//! - [`snapshot`]: a VM in a file;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
@@ -24,4 +25,5 @@ pub mod memory;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod snapshot;
 pub mod working_set;

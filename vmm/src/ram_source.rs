@@ -7,6 +7,7 @@ use umem::handoff::{AttachedPager, PagerAddress};
 use umem::pager::{FaultClass, Notice, Pager, PagerOptions, PagerStats, StartError};
 use umem::region::Region;
 use umem::source::PageSource;
+use umem::states::PageStates;
 use umem::units::PageIndex;
 
 /// Where RAM comes from.
@@ -102,6 +103,14 @@ impl ServingPager {
         match self {
             Self::Own(pager) => Some(pager.fault_counts(bounds)),
             Self::Attached(_) => None,
+        }
+    }
+
+    /// What is known of the pages, and where those that are not there come from, if this process asks there.
+    pub(crate) fn pages(&self) -> (Arc<PageStates>, Option<Arc<dyn PageSource>>) {
+        match self {
+            Self::Own(pager) => (pager.states(), Some(pager.source())),
+            Self::Attached(pager) => (pager.states(), None),
         }
     }
 
