@@ -17,6 +17,9 @@ use crate::devices::Stopper;
 use crate::ending::Ending;
 use crate::kvm::ExitReason;
 use crate::machine::{ParkError, Parts};
+use crate::snapshot::{
+    Complete, Draft, SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then,
+};
 
 /// How long vCPUs are waited for when they are to stand still.
 pub const PATIENCE: Duration = Duration::from_secs(3);
@@ -249,21 +252,7 @@ impl Control {
             (VmState::Running, Some(parts)) => parts,
             (state, _) => return Err(PauseError::WrongState(state)),
         };
-        match parts.vcpus.park(patience) {
-            Ok(()) => {
-                if self.change(VmState::Paused) {
-                    Ok(())
-                } else {
-                    Err(PauseError::WrongState(VmState::Stopped))
-                }
-            }
-            Err(ParkError::Ended) => Err(PauseError::WrongState(VmState::Stopped)),
-            Err(ParkError::Stuck { index, waited }) => Err(PauseError::VcpuWaits {
-                index,
-                waited,
-                page: parts.missing_page(),
-            }),
-        }
+        self.park(&parts, patience)
     }
 
     /// Lets a paused VM run on.
@@ -273,12 +262,91 @@ impl Control {
             (VmState::Paused, Some(parts)) => parts,
             (state, _) => return Err(ResumeError::WrongState(state)),
         };
-        // Told before the guest runs, so that nothing that it does comes before.
-        if !self.change(VmState::Running) {
-            return Err(ResumeError::WrongState(VmState::Stopped));
+        if self.unpark(&parts) {
+            Ok(())
+        } else {
+            Err(ResumeError::WrongState(VmState::Stopped))
         }
-        parts.vcpus.unpark();
-        Ok(())
+    }
+
+    /// Makes a snapshot of a VM that runs or is paused ([`crate::snapshot`]). Whatever hinders it, the VM goes on as before.
+    ///
+    /// A VM that runs stands still only until the pages that it has are written; those that are not loaded yet and all that makes
+    /// the file safe comes after that.
+    pub fn snapshot(
+        &self,
+        options: &SnapshotOptions,
+        progress: &mut dyn FnMut(SnapshotProgress),
+    ) -> Result<SnapshotSummary, SnapshotError> {
+        let _turn = self.turn().ok_or(SnapshotError::Busy)?;
+        let began = Instant::now();
+        let (was_paused, parts) = match self.now() {
+            (VmState::Paused, Some(parts)) => (true, parts),
+            (VmState::Running, Some(parts)) => (false, parts),
+            (state, _) => return Err(SnapshotError::WrongState(state)),
+        };
+        let memory = parts
+            .memory()
+            .ok_or(SnapshotError::WrongState(VmState::Stopped))?;
+        let mut draft = Draft::new(&options.directory, memory, progress)?;
+        let since = Instant::now();
+        if !was_paused {
+            self.park(&parts, options.patience)?;
+        }
+        let state = parts
+            .save_state(options.patience)
+            .and_then(|state| draft.write_present().map(|()| state));
+        let paused = if was_paused {
+            Duration::ZERO
+        } else {
+            since.elapsed()
+        };
+        if !was_paused && (state.is_err() || options.then == Then::GoOn) {
+            self.unpark(&parts);
+        }
+        let complete = state.and_then(|state| draft.complete(&state));
+        match (&complete, options.then) {
+            // If it has ended already, all the better.
+            (Ok(_), Then::Stop) => drop(self.shutdown()),
+            (Err(_), Then::Stop) if !was_paused => drop(self.unpark(&parts)),
+            _ => {}
+        }
+        let Complete {
+            path,
+            footer,
+            absent_pages,
+        } = complete?;
+        Ok(SnapshotSummary {
+            path,
+            pages: footer.pages(),
+            data_pages: footer.data_pages,
+            absent_pages,
+            digest: footer.digest,
+            paused,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Makes the vCPUs stand still, and says so.
+    fn park(&self, parts: &Parts, patience: Duration) -> Result<(), PauseError> {
+        match parts.vcpus.park(patience) {
+            Ok(()) if self.change(VmState::Paused) => Ok(()),
+            Ok(()) | Err(ParkError::Ended) => Err(PauseError::WrongState(VmState::Stopped)),
+            Err(ParkError::Stuck { index, waited }) => Err(PauseError::VcpuWaits {
+                index,
+                waited,
+                page: parts.missing_page(),
+            }),
+        }
+    }
+
+    /// Lets them run. It is told before they do, so that nothing that the guest does comes before. False: the VM has ended.
+    fn unpark(&self, parts: &Parts) -> bool {
+        let runs = self.change(VmState::Running);
+        if runs {
+            parts.vcpus.unpark();
+        }
+        runs
     }
 
     /// Ends the VM, in whatever state it is: with the outcome `stopped`.
@@ -376,9 +444,8 @@ impl Control {
         self.change(VmState::Stopped);
     }
 
-    /// Waits until nobody does anything with the VM, which has ended, and lets go of it.
+    /// Lets go of the VM. Who is making a snapshot of it has what it needs: memory that is not written any more.
     pub(crate) fn detach(&self) {
-        let _turn = self.shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.inner().parts = None;
     }
 }

@@ -9,6 +9,7 @@
 //! - [`control`]: a VM that runs, in the hands of other threads;
 //! - [`api`], [`events`], [`metrics`]: those hands, and what people and programs outside are told;
 //! - [`ending`]: why a VM stopped;
+//! - [`snapshot`]: a VM in a file;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
@@ -28,4 +29,5 @@ pub mod metrics;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod snapshot;
 pub mod working_set;

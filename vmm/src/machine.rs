@@ -1,6 +1,7 @@
 //! The parts put together: a VM whose RAM is a region filled from a page source, run until it ends.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,18 +21,20 @@ use crate::control::{Control, Counters, Event};
 use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
 use crate::ending::Ending;
 use crate::kvm::{
-    AsyncPageFaultCounter, AsyncPageFaults, CpuModel, CpuModelError, Host, HostError, Vcpu, VcpuSetupError,
-    Vm, VmError,
+    AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
+    CpuModelError, Host, HostError, MsrError, StateList, Vcpu, VcpuSetupError, VcpuState, VcpuStateError, Vm,
+    VmError,
 };
 use crate::memory::GuestMemory;
 use crate::ram_source::{RamSource, ServingPager};
 use crate::report::{Process, Report, milliseconds};
+use crate::snapshot::{Memory, Saved, SnapshotError, SnapshotState};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
 mod vcpus;
 
 pub use self::vcpus::ParkError;
-use self::vcpus::{Threads, Vcpus};
+use self::vcpus::{Restore, Threads, Vcpus};
 
 /// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
 /// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
@@ -51,6 +54,29 @@ pub enum Firmware {
     None,
 }
 
+/// What is at the other end of the guest's serial line.
+#[derive(Clone, Debug)]
+pub enum SerialLine {
+    /// Standard input and output.
+    StandardStreams,
+    /// No input, and output that goes to this file.
+    File(Arc<File>),
+}
+
+/// How a VM begins.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// With its first instruction.
+    Boot {
+        /// How its kernel is entered.
+        entry: BootInfo,
+        /// What comes before that.
+        firmware: Firmware,
+    },
+    /// Where it was saved.
+    Restore(Arc<SnapshotState>),
+}
+
 /// A VM to be run.
 #[derive(Clone)]
 pub struct MachineConfig {
@@ -58,8 +84,10 @@ pub struct MachineConfig {
     pub source: RamSource,
     /// Where its RAM is.
     pub ram: RamMap,
-    /// How its kernel is entered.
-    pub entry: BootInfo,
+    /// How it begins.
+    pub start: Start,
+    /// Where its console is.
+    pub serial_line: SerialLine,
     /// What is behind its RAM.
     pub backing: Backing,
     /// In which pages its RAM is installed.
@@ -68,8 +96,6 @@ pub struct MachineConfig {
     pub pager: PagerOptions,
     /// Where a record of the pages that the guest touches goes.
     pub recording: Option<Recording>,
-    /// How it starts.
-    pub firmware: Firmware,
     /// How many vCPUs it has.
     pub cpus: u32,
     /// Whether KVM offers async page faults to it.
@@ -88,6 +114,18 @@ pub enum MachineError {
     /// KVM does not make a vCPU.
     #[error("cannot set up the vCPUs")]
     Vcpu(#[from] VcpuSetupError),
+    /// The snapshot's CPU cannot be had here.
+    #[error("the snapshot cannot be restored on this host")]
+    Cpu(#[from] CpuMismatch),
+    /// KVM does not say what the state of a vCPU is.
+    #[error("the snapshot cannot be restored on this host")]
+    StateList(#[from] MsrError),
+    /// A vCPU does not take the state that was saved.
+    #[error("the snapshot cannot be restored on this host")]
+    VcpuState(#[from] VcpuStateError),
+    /// The VM does not take the state that was saved.
+    #[error("the snapshot cannot be restored on this host")]
+    Chipset(#[from] ChipsetStateError),
     /// KVM has no CPU model to offer.
     #[error("cannot set up the vCPUs")]
     CpuModel(#[from] CpuModelError),
@@ -157,12 +195,14 @@ pub(crate) struct Parts {
     ram: RamMap,
     region: Arc<Region>,
     source_url: String,
+    model: CpuModel,
     cpus: u32,
+    bus: Arc<DeviceBus>,
     /// `None` at the end.
     pager: Mutex<Option<ServingPager>>,
-    /// Kept for as long as somebody may ask something of the VM, and the memory as long as the VM.
-    _vm: Vm,
-    _memory: GuestMemory,
+    vm: Arc<Vm>,
+    /// After the VM, which may look at it.
+    memory: GuestMemory,
 }
 
 impl Parts {
@@ -185,6 +225,37 @@ impl Parts {
 
     pub(crate) fn states(&self) -> Option<StateCounts> {
         Some(self.pager().as_ref()?.states())
+    }
+
+    /// The state of a VM all of whose vCPUs stand still. `patience` is how long they may take to say theirs.
+    pub(crate) fn save_state(&self, patience: Duration) -> Result<SnapshotState, SnapshotError> {
+        let list = StateList::new(&Host::open()?)?;
+        // What comes from outside meanwhile waits, so that all parts of the state are of one moment.
+        self.bus.hold_still(|devices| {
+            let vcpus = self
+                .vcpus
+                .ask(patience, move |vcpu| VcpuState::save(vcpu, &list))?
+                .into_iter()
+                .collect::<Result<_, _>>()?;
+            Ok(SnapshotState::new(Saved {
+                ram: self.ram,
+                cpu: self.model.clone(),
+                vcpus,
+                chipset: ChipsetState::save(&self.vm)?,
+                devices,
+                read_only: self.memory.read_only(),
+            }))
+        })
+    }
+
+    /// Where the pages of RAM are; `None` at the end.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        let (states, source) = self.pager().as_ref()?.pages();
+        Some(Memory {
+            region: Arc::clone(&self.region),
+            states,
+            source,
+        })
     }
 
     /// For how long somebody has been waiting for a page.
@@ -247,19 +318,21 @@ fn run_to_the_end(
 
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
     vm.irqfd(&interrupt, SERIAL_IRQ)?;
-    let console = Console::on_standard_streams(interrupt)?;
-    let bus = Arc::new(DeviceBus::new(console.serial()));
+    let devices = config.saved().map(SnapshotState::devices);
+    let console = make_console(config, interrupt)?;
+    let bus = Arc::new(match devices {
+        None => DeviceBus::new(console.serial()),
+        Some(devices) => DeviceBus::restored(console.serial(), devices),
+    });
     event_loop.add(Box::new(console));
     clock.lap("devices");
 
-    let model = CpuModel::new(&host, config.cpus, config.async_pf)?;
-    // All before the first runs: an INIT for one that does not exist yet would be lost.
-    let mut vcpus = (0..config.cpus)
-        .map(|index| Vcpu::new(&vm, index, &model))
-        .collect::<Result<Vec<_>, _>>()?;
-    if config.firmware == Firmware::None {
-        vcpus[0].enter_directly(&config.entry)?;
-    }
+    let vm = Arc::new(vm);
+    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
+    let restore = config
+        .saved_state()
+        .map(|saved| Restore::new(saved, &host, &vm, &bus))
+        .transpose()?;
     clock.lap("vcpus");
     tracing::info!(
         source = config.source.url(),
@@ -271,16 +344,19 @@ fn run_to_the_end(
         let control = control.clone();
         move || control.started()
     };
-    let (vcpus, threads, not_started) = Vcpus::start(vcpus, &bus, event_loop.stopper(), on_first_instruction);
+    let stopper = event_loop.stopper();
+    let (vcpus, threads, not_started) = Vcpus::start(vcpus, &bus, stopper, restore, on_first_instruction);
     let parts = Arc::new(Parts {
         vcpus: Arc::clone(&vcpus),
         ram: config.ram,
         region: Arc::clone(&region),
         source_url: config.source.url(),
+        model,
         cpus: config.cpus,
+        bus,
         pager: Mutex::new(Some(pager)),
-        _vm: vm,
-        _memory: memory,
+        vm,
+        memory,
     });
     control.attach(&parts);
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
@@ -325,7 +401,56 @@ fn run_to_the_end(
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
+    if let (None, Some(error)) = (failure.get(), vcpus.restore_error()) {
+        return Err(error);
+    }
     outcome(ending?, failure.get(), recorded)
+}
+
+impl MachineConfig {
+    /// What it is restored from, if it is.
+    fn saved(&self) -> Option<&SnapshotState> {
+        self.saved_state().map(Arc::as_ref)
+    }
+
+    fn saved_state(&self) -> Option<&Arc<SnapshotState>> {
+        match &self.start {
+            Start::Boot { .. } => None,
+            Start::Restore(saved) => Some(saved),
+        }
+    }
+}
+
+fn make_console(config: &MachineConfig, interrupt: EventFd) -> Result<Console, MachineError> {
+    let registers = config.saved().map(|saved| &saved.devices().serial);
+    Ok(match &config.serial_line {
+        SerialLine::StandardStreams => Console::on_standard_streams(interrupt, registers)?,
+        SerialLine::File(file) => {
+            let output = file.try_clone().map_err(MachineError::Os)?;
+            Console::open(None, output.into(), interrupt, registers)?
+        }
+    })
+}
+
+/// All vCPUs, and the CPU that they are. All before the first runs: an INIT for one that does not exist yet would be lost.
+fn make_vcpus(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(CpuModel, Vec<Vcpu>), MachineError> {
+    let here = CpuModel::new(host, config.cpus, config.async_pf)?;
+    match &config.start {
+        Start::Boot { entry, firmware } => {
+            let vcpus = (0..config.cpus).map(|index| Vcpu::new(vm, index, &here));
+            let mut vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+            if *firmware == Firmware::None {
+                vcpus[0].enter_directly(entry)?;
+            }
+            Ok((here, vcpus))
+        }
+        Start::Restore(saved) => {
+            saved.check_cpu(&here)?;
+            let states = (0..).zip(saved.vcpus());
+            let vcpus = states.map(|(index, state)| Vcpu::for_state(vm, index, saved.cpu(), state));
+            Ok((saved.cpu().clone(), vcpus.collect::<Result<_, _>>()?))
+        }
+    }
 }
 
 /// How a run ended, all in all.
@@ -388,10 +513,15 @@ fn start_pager(
         .serve(Arc::clone(region), config.pager.clone(), observer)
 }
 
-/// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on.
+/// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on; or what there was of them
+/// when it was saved.
 fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomError> {
-    let description = ReadOnlyPages::description(&config.entry, config.cpus)?;
-    Ok(match &config.firmware {
+    let (entry, firmware) = match &config.start {
+        Start::Boot { entry, firmware } => (entry, firmware),
+        Start::Restore(saved) => return saved.read_only_pages(),
+    };
+    let description = ReadOnlyPages::description(entry, config.cpus)?;
+    Ok(match firmware {
         Firmware::BuiltIn => vec![ReadOnlyPages::builtin_rom()?, description],
         Firmware::File(path) => vec![ReadOnlyPages::rom_from_file(path)?, description],
         Firmware::None => vec![description],

@@ -7,7 +7,7 @@ use umem::handoff::{AttachedPager, PagerAddress};
 use umem::pager::{Notice, Pager, PagerOptions, PagerStats, StartError};
 use umem::region::Region;
 use umem::source::PageSource;
-use umem::states::StateCounts;
+use umem::states::{PageStates, StateCounts};
 use umem::units::PageIndex;
 
 /// Where RAM comes from.
@@ -102,7 +102,7 @@ impl ServingPager {
     pub(crate) fn states(&self) -> StateCounts {
         match self {
             Self::Own(pager) => pager.states().counts(),
-            Self::Attached(pager) => pager.states(),
+            Self::Attached(pager) => pager.counts(),
         }
     }
 
@@ -111,6 +111,14 @@ impl ServingPager {
         match self {
             Self::Own(pager) => Some(pager.longest_wait()?.1),
             Self::Attached(pager) => pager.longest_wait(),
+        }
+    }
+
+    /// What is known of the pages, and where those that are not there come from, if this process asks there.
+    pub(crate) fn pages(&self) -> (Arc<PageStates>, Option<Arc<dyn PageSource>>) {
+        match self {
+            Self::Own(pager) => (pager.states(), Some(pager.source())),
+            Self::Attached(pager) => (pager.states(), None),
         }
     }
 

@@ -17,7 +17,7 @@ use vmm::boot::{Kernel, Layout, LayoutConfig, LayoutSource};
 use vmm::control::{Control, Event, PauseError, ResumeError, VmState};
 use vmm::ending::Ending;
 use vmm::kvm::{AsyncPageFaults, ExitReason};
-use vmm::machine::{self, Firmware, MachineConfig, Outcome};
+use vmm::machine::{self, Firmware, MachineConfig, Outcome, SerialLine, Start};
 use vmm::ram_source::RamSource;
 use vmm::report::Report;
 
@@ -34,13 +34,16 @@ fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineCo
     .unwrap();
     MachineConfig {
         ram: layout.ram(),
-        entry: layout.boot_info(),
+        start: Start::Boot {
+            entry: layout.boot_info(),
+            firmware: Firmware::BuiltIn,
+        },
+        serial_line: SerialLine::File(Arc::new(tempfile::tempfile().unwrap())),
         source: RamSource::Source(Arc::new(LayoutSource::new(layout, base))),
         backing: Backing::Memfd,
         page_size: PageSize::Small,
         pager: PagerOptions::from(Fill::Off),
         recording: None,
-        firmware: Firmware::BuiltIn,
         cpus,
         async_pf: AsyncPageFaults::Off,
     }

@@ -208,7 +208,7 @@ struct Shared {
     timeout: Duration,
     /// Kept so that a userfaultfd is never closed while somebody may touch the memory.
     stripes: Vec<RegisteredStripe>,
-    states: PageStates,
+    states: Arc<PageStates>,
     table: OwnedFd,
     working_set: Option<File>,
     fill: FillKind,
@@ -266,7 +266,7 @@ impl AttachedPager {
             digest,
             timeout,
             stripes,
-            states,
+            states: Arc::new(states),
             table,
             working_set,
             fill,
@@ -328,7 +328,7 @@ impl AttachedPager {
     /// What was done so far; latencies and what the source did only after the end.
     pub fn stats(&self) -> PagerStats {
         let shared = &self.shared;
-        let states = self.states();
+        let states = self.counts();
         let figures = shared.figures.get().cloned().unwrap_or_default();
         let mut source = figures.source;
         source.reconnects = shared.lock().reconnects;
@@ -348,7 +348,7 @@ impl AttachedPager {
     }
 
     /// How many pages are in which state.
-    pub fn states(&self) -> StateCounts {
+    pub fn counts(&self) -> StateCounts {
         // The transitions are the other process's.
         self.shared.states.recount();
         self.shared.states.counts()
@@ -358,6 +358,11 @@ impl AttachedPager {
     pub fn longest_wait(&self) -> Option<Duration> {
         let since = self.shared.lock().lost_since?;
         self.shared.somebody_waits().then(|| since.elapsed())
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
     }
 
     /// The most memory that its page-state table can take, in bytes.

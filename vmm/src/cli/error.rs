@@ -16,9 +16,10 @@ use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
 use crate::events::EventFileError;
-use crate::kvm::{CpuModelError, HostError};
+use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
+use crate::snapshot::StateError;
 use crate::working_set::WorkingSetFileError;
 
 /// Exit codes, as the manual promises them.
@@ -75,6 +76,14 @@ pub(super) enum CommandError {
         path: String,
         /// Why.
         source: MetadataError,
+    },
+    /// An image that is no snapshot that can be restored.
+    #[error("cannot restore a VM from '{path}'")]
+    Snapshot {
+        /// The image.
+        path: String,
+        /// Why.
+        source: StateError,
     },
     /// Nothing can be laid out in RAM.
     #[error(transparent)]
@@ -156,11 +165,17 @@ impl CommandError {
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
             | Self::LogFile { .. }
+            | Self::Snapshot {
+                source: StateError::NotASnapshot,
+                ..
+            }
             | Self::Layout(_)
             | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
-            Self::OpenImage(_) | Self::Metadata { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => {
-                exit_code::CORRUPT
-            }
+            Self::OpenImage(_)
+            | Self::Metadata { .. }
+            | Self::Snapshot { .. }
+            | Self::CorruptImage(_)
+            | Self::ReadImage(_) => exit_code::CORRUPT,
             Self::WriteImage(error) => write_exit_code(error),
             Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
@@ -188,6 +203,8 @@ fn machine_exit_code(error: &MachineError) -> u8 {
     match error {
         MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
         MachineError::Host(_)
+        | MachineError::Cpu(_)
+        | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
         | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
         | MachineError::Pager(StartError::Userfaultfd(
@@ -208,6 +225,9 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::Vm(_)
         | MachineError::Vcpu(_)
         | MachineError::CpuModel(_)
+        | MachineError::StateList(_)
+        | MachineError::VcpuState(_)
+        | MachineError::Chipset(_)
         | MachineError::Region(RegionError::Os { .. })
         | MachineError::Pager(_)
         | MachineError::Console(_)

@@ -11,6 +11,7 @@ mod check;
 mod ctl;
 mod error;
 mod image;
+mod memory;
 mod options;
 mod oversight;
 mod progress;

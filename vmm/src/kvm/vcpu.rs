@@ -12,7 +12,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
-use super::{CpuModel, CpuModelError, ExitCounts, ExitReason, KickError, VcpuKick, Vm};
+use super::{CpuModel, CpuModelError, ExitCounts, ExitReason, KickError, VcpuKick, VcpuState, Vm};
 use crate::ending::Ending;
 
 /// Where a vCPU's accesses to ports, and to guest-physical addresses without memory, end up.
@@ -168,12 +168,32 @@ impl Vcpu {
     /// Creates a vCPU in the state of a processor after reset (Intel SDM volume 3, 11.1): the first one, index 0, starts at
     /// the reset vector, the others wait for INIT and SIPI.
     pub fn new(vm: &Vm, index: u32, model: &CpuModel) -> Result<Self, VcpuSetupError> {
+        // KVM does not know it where the host's TSC is unstable. The guest then has to measure.
+        let frequency = |fd: &VcpuFd| fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        Self::create(vm, index, model, frequency)
+    }
+
+    /// The same for a state that is to be restored: its CPUID says the frequency of the time stamp counter as it did before.
+    pub fn for_state(
+        vm: &Vm,
+        index: u32,
+        model: &CpuModel,
+        state: &VcpuState,
+    ) -> Result<Self, VcpuSetupError> {
+        Self::create(vm, index, model, |_| state.tsc_khz())
+    }
+
+    fn create(
+        vm: &Vm,
+        index: u32,
+        model: &CpuModel,
+        tsc_khz: impl FnOnce(&VcpuFd) -> Option<u32>,
+    ) -> Result<Self, VcpuSetupError> {
         let fd = vm
             .fd()
             .create_vcpu(u64::from(index))
             .map_err(|source| VcpuSetupError::Create { index, source })?;
-        // KVM does not know it where the host's TSC is unstable. The guest then has to measure.
-        let tsc_khz = fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        let tsc_khz = tsc_khz(&fd);
         let cpuid = model
             .for_vcpu(index, tsc_khz)
             .map_err(|source| VcpuSetupError::CpuModel { index, source })?;

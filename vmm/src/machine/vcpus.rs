@@ -22,9 +22,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 use thiserror::Error;
 
+use super::MachineError;
 use crate::devices::{DeviceBus, Stopper};
 use crate::ending::Ending;
-use crate::kvm::{Exit, ExitCounts, ExitReason, Vcpu, VcpuKick};
+use crate::kvm::{Exit, ExitCounts, ExitReason, Host, MsrError, StateList, Vcpu, VcpuKick, Vm};
+use crate::snapshot::SnapshotState;
 
 /// Why vCPUs do not stand still.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -56,6 +58,9 @@ pub(crate) struct Vcpus {
     bus: Arc<DeviceBus>,
     stopper: Stopper,
     first_instruction: OnceLock<Instant>,
+    restore: Option<Restore>,
+    /// Why the VM's state was not restored.
+    restore_error: Mutex<Option<MachineError>>,
     /// Called when the first vCPU enters the guest for the first time.
     on_first_instruction: Box<dyn Fn() + Send + Sync>,
 }
@@ -63,6 +68,45 @@ pub(crate) struct Vcpus {
 struct Gate {
     wanted: Wanted,
     places: Vec<Place>,
+    /// vCPUs whose state is still to be restored.
+    unrestored: usize,
+}
+
+/// A state to begin in, which each vCPU's thread gives its vCPU: KVM touches guest memory for it, so it may have to wait for a page,
+/// and a thread that waits so may not be interruptible. The last one does the rest, and lets all run.
+pub(crate) struct Restore {
+    saved: Arc<SnapshotState>,
+    list: StateList,
+    vm: Arc<Vm>,
+    bus: Arc<DeviceBus>,
+}
+
+impl Restore {
+    pub(crate) fn new(
+        saved: &Arc<SnapshotState>,
+        host: &Host,
+        vm: &Arc<Vm>,
+        bus: &Arc<DeviceBus>,
+    ) -> Result<Self, MsrError> {
+        Ok(Self {
+            saved: Arc::clone(saved),
+            list: StateList::new(host)?,
+            vm: Arc::clone(vm),
+            bus: Arc::clone(bus),
+        })
+    }
+
+    fn vcpu(&self, vcpu: &Vcpu) -> Result<(), MachineError> {
+        let state = &self.saved.vcpus()[vcpu.index() as usize];
+        Ok(state.restore(vcpu, &self.list)?)
+    }
+
+    /// What comes after all vCPUs have their state, and before one runs.
+    fn vm(&self) -> Result<(), MachineError> {
+        self.saved.chipset().restore(&self.vm)?;
+        self.bus.repeat_interrupts();
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,11 +156,13 @@ impl Vcpus {
         vcpus: Vec<Vcpu>,
         bus: &Arc<DeviceBus>,
         stopper: Stopper,
+        restore: Option<Restore>,
         on_first_instruction: impl Fn() + Send + Sync + 'static,
     ) -> (Arc<Self>, Threads, Option<io::Error>) {
         let gate = Gate {
             wanted: Wanted::Run,
             places: vcpus.iter().map(|_| Place::default()).collect(),
+            unrestored: if restore.is_some() { vcpus.len() } else { 0 },
         };
         let shared = Arc::new(Self {
             gate: Mutex::new(gate),
@@ -127,6 +173,8 @@ impl Vcpus {
             bus: Arc::clone(bus),
             stopper,
             first_instruction: OnceLock::new(),
+            restore,
+            restore_error: Mutex::new(None),
             on_first_instruction: Box::new(on_first_instruction),
         });
         let (alive, all_ended) = mpsc::channel();
@@ -164,7 +212,9 @@ impl Vcpus {
                 return self.stopper.end(Ending::Stopped);
             }
         };
-        if self.attention.load(SeqCst) && !self.stand(vcpu) {
+        if let Some(restore) = &self.restore
+            && !self.restore(vcpu, restore)
+        {
             return;
         }
         if vcpu.index() == 0 && self.first_instruction.set(Instant::now()).is_ok() {
@@ -178,6 +228,40 @@ impl Vcpus {
                 return self.stopper.end(ending);
             }
         }
+    }
+
+    /// Gives the vCPU the state that it begins in, and waits until all have theirs. False: it is the end.
+    fn restore(&self, vcpu: &Vcpu, restore: &Restore) -> bool {
+        let mut result = restore.vcpu(vcpu);
+        let mut gate = self.lock();
+        if result.is_ok() && gate.unrestored == 1 {
+            drop(gate);
+            result = restore.vm();
+            gate = self.lock();
+        }
+        if let Err(error) = result {
+            drop(gate);
+            self.restore_error
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert(error);
+            self.stopper.end(Ending::Stopped);
+            return false;
+        }
+        gate.unrestored -= 1;
+        self.changed.notify_all();
+        while gate.unrestored > 0 && gate.wanted != Wanted::End {
+            gate = self.wait(gate);
+        }
+        gate.wanted != Wanted::End
+    }
+
+    /// Why the VM's state was not restored, if that is how it ended.
+    pub(crate) fn restore_error(&self) -> Option<MachineError> {
+        self.restore_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// Stands for as long as that is wanted. False: it is the end.
@@ -261,7 +345,6 @@ impl Vcpus {
 
     /// Lets each vCPU's thread, all of which stand, do something; the answers are in the order of the vCPUs. The threads that
     /// have not answered in time do it later, for nobody.
-    #[expect(dead_code, reason = "for what reads the state of vCPUs that stand")]
     pub(crate) fn ask<T: Send + 'static>(
         &self,
         patience: Duration,
