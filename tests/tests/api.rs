@@ -8,12 +8,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::api::{Api, Reply, routes};
+use tests::api::{Api, Reply, assert_is, routes};
 use tests::need;
 use tests::program::{Program, Running};
 use tests::random::Random;
 use tests::scratch::Scratch;
 use tests::served::{MARGIN, SEED};
+use tests::terminal::Terminal;
 use tests::vm::{FinishedVm, RunningVm, Vm};
 
 /// A guest that goes on for ever, checks what it wrote, and says each round.
@@ -145,7 +146,7 @@ fn nonsense_is_refused_on_every_route() {
         (b"{", "EOF"),
         (b"nonsense", "expected"),
         (b"{} {}", "trailing"),
-        (b"[]x", "trailing"),
+        (b"[]", "invalid type: sequence"),
         (b"\"text\"", "invalid type: string"),
         (b"17", "invalid type: integer"),
         (b"null", "invalid type: null"),
@@ -153,7 +154,7 @@ fn nonsense_is_refused_on_every_route() {
         (b"{\"\xff\xfe\": 1}", "not understood"),
     ];
     let routes = routes();
-    assert!(routes.len() >= 8, "{routes:?}");
+    assert!(routes.len() >= 9, "{routes:?}");
     for (method, path) in &routes {
         for (body, word) in bodies {
             let reply = api.ask(method, path, body);
@@ -434,6 +435,123 @@ fn a_socket_that_cannot_be_is_refused() {
     nowhere.assert_error(2, &["cannot listen", "No such file"]);
 }
 
+/// A guest goes on from its snapshot where it was, in the VM that it was made of and in another one.
+#[test]
+fn a_snapshot_is_made_and_restored() {
+    need!(tests::host::kvm());
+    let scratch = Scratch::new();
+    let (vm, api) = Api::start_until(busy(), "round=2 ");
+    let directory = scratch.path("snapshot");
+    let option = format!("destination_url=file:{}", directory.display());
+    let mut events = api.events();
+    let made = api.ctl(&["snapshot", &option, "--json"]);
+    made.assert_code(0);
+    assert_eq!(made.stderr, "", "nothing is shown where there is no terminal");
+    let made: serde_json::Value = serde_json::from_str(&made.stdout).unwrap();
+    assert_is("Snapshot", &made);
+    assert_eq!(made["pages"], 64 * 256);
+    let progress = events.wait_for("snapshot", "progress");
+    assert_eq!(progress["properties"]["total"], 64 << 20);
+    assert_eq!(api.state(), "running");
+    let said = lines(&vm);
+    vm.wait_until("it goes on", |vm| lines(vm) > said);
+    // Once more, in its place, and that is the end of it; on a terminal a bar shows how far it is.
+    let terminal = Terminal::new();
+    let shown = Program::umem(["ctl", "--api-socket"])
+        .arg(api.socket())
+        .args(["snapshot", &format!("{option},then=stop")])
+        .on_terminal(&terminal.device)
+        .run();
+    shown.assert_code(0);
+    let vm = vm.finish();
+    vm.assert_code(0);
+    assert_eq!(vm.report().text("/outcome"), "stopped");
+    assert!(
+        terminal.screen().contains("pages hold something"),
+        "{}",
+        terminal.screen()
+    );
+    assert!(terminal.screen().contains("64.00 MiB"), "{}", terminal.screen());
+    let last = vm
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with("round="))
+        .count();
+    let (vm, api) = Api::start(Vm::default().option("--snapshot", &directory));
+    vm.wait_until("it goes on", |vm| lines(vm) > 2);
+    assert!(
+        last > 2 && !vm.stdout().contains("round=1 "),
+        "it began anew: {}",
+        vm.stdout()
+    );
+    api.shutdown();
+    vm.finish().assert_code(0);
+}
+
+/// A snapshot that cannot be has a reason, and the VM goes on.
+#[test]
+fn a_snapshot_that_cannot_be_made_is_refused_with_the_reason() {
+    need!(tests::host::kvm());
+    let scratch = Scratch::new();
+    let (vm, api) = paused_in_the_middle(&scratch);
+    let file = scratch.file("file", b"precious");
+    for (body, status, word) in [
+        ("{}".to_owned(), 400, "destination_url"),
+        ("{\"destination_url\": 7}".into(), 400, "invalid type: integer"),
+        (
+            "{\"destination_url\": \"file:relative\"}".into(),
+            400,
+            "file:relative",
+        ),
+        (
+            "{\"destination_url\": \"tcp:127.0.0.1:1\"}".into(),
+            400,
+            "tcp:127.0.0.1:1",
+        ),
+        (
+            "{\"destination_url\": \"file:/x\", \"then\": \"fly\"}".into(),
+            400,
+            "fly",
+        ),
+        (
+            "{\"destination_url\": \"file:/x\", \"base\": \"y\"}".into(),
+            400,
+            "unknown field",
+        ),
+        (
+            format!("{{\"destination_url\": \"file:{}\"}}", file.display()),
+            500,
+            "directory",
+        ),
+        (
+            "{\"destination_url\": \"file:/dev/null/x\"}".into(),
+            500,
+            "/dev/null/x",
+        ),
+    ] {
+        let reply = api.ask("PUT", "/api/v1/vm.snapshot", body.as_bytes());
+        reply.assert_error(status, &[word]);
+        assert_eq!(api.state(), "paused");
+    }
+    api.ctl(&["snapshot", "destination_url=tcp:x"])
+        .assert_error(2, &["expected file:DIR"]);
+    api.ctl(&["snapshot", "to=x"])
+        .assert_error(2, &["unknown key 'to'"]);
+    api.ctl(&["snapshot", "destination_url=file:/dev/null/x"])
+        .assert_error(1, &["/dev/null/x"]);
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    // A paused one stays so.
+    let directory = scratch.path("snapshot");
+    let made = api.ctl(&[
+        "snapshot",
+        &format!("destination_url=file:{}", directory.display()),
+    ]);
+    made.assert_code(0);
+    assert!(made.stdout.contains("snapshot.img: "), "{made}");
+    assert_eq!(api.state(), "paused");
+    assert_ends_right(vm, &api);
+}
+
 #[test]
 fn metrics_say_what_info_says() {
     need!(tests::host::kvm());
@@ -523,7 +641,7 @@ fn the_client_prints_for_people_and_for_programs() {
     };
     let json = |args: &[&str]| -> serde_json::Value { serde_json::from_str(&ctl(args, "{")).unwrap() };
     ctl(&["ping"], &format!("process {}\n", vm.pid()));
-    tests::api::assert_is("Ping", &json(&["ping", "--json"]));
+    assert_is("Ping", &json(&["ping", "--json"]));
     let info = ctl(&["info"], "state          running\n");
     for word in [
         "vCPUs          2\n",
@@ -534,9 +652,9 @@ fn the_client_prints_for_people_and_for_programs() {
     ] {
         assert!(info.contains(word), "no '{word}' in {info}");
     }
-    tests::api::assert_is("Info", &json(&["--json", "info"]));
+    assert_is("Info", &json(&["--json", "info"]));
     ctl(&["counters"], "exits.port-write");
-    tests::api::assert_is("Counters", &json(&["counters", "--json"]));
+    assert_is("Counters", &json(&["counters", "--json"]));
     ctl(&["pause"], "paused\n");
     ctl(&["info"], "state          paused\n");
     api.ctl(&["pause"]).assert_error(1, &["paused already"]);

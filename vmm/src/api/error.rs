@@ -8,6 +8,7 @@ use thiserror::Error;
 use umem::causes::causes;
 
 use crate::control::{PauseError, ResumeError, ShutdownError};
+use crate::snapshot::SnapshotError;
 
 /// Why a request is not served.
 #[derive(Debug, Error)]
@@ -37,6 +38,9 @@ pub(super) enum ApiError {
     /// The body is not what is taken here.
     #[error("the request's body is not understood")]
     BadBody(#[source] serde_json::Error),
+    /// There no snapshot can go.
+    #[error("a snapshot cannot go to '{0}': expected file: and the absolute path of a directory")]
+    BadDestination(String),
     /// More than there is room for.
     #[error("{0} clients listen to events, and no more may")]
     TooManyListeners(usize),
@@ -46,6 +50,9 @@ pub(super) enum ApiError {
     /// It was not resumed.
     #[error(transparent)]
     Resume(#[from] ResumeError),
+    /// There is no snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// It was not told to end.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),
@@ -73,15 +80,19 @@ impl ApiError {
             Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BrokenBody(_) | Self::BadBody(_) => StatusCode::BAD_REQUEST,
+            Self::BrokenBody(_) | Self::BadBody(_) | Self::BadDestination(_) => StatusCode::BAD_REQUEST,
             // It may be served later.
             Self::TooManyListeners(_)
             | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. })
+            | Self::Snapshot(
+                SnapshotError::Busy | SnapshotError::Pause(PauseError::Busy | PauseError::VcpuWaits { .. }),
+            )
             | Self::Resume(ResumeError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Pause(PauseError::AlreadyPaused | PauseError::WrongState(_))
             | Self::Resume(ResumeError::WrongState(_))
+            | Self::Snapshot(SnapshotError::WrongState(_) | SnapshotError::Pause(_))
             | Self::Shutdown(ShutdownError::Stopped) => StatusCode::CONFLICT,
-            Self::Broken(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Snapshot(_) | Self::Broken(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 }

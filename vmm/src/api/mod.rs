@@ -25,10 +25,12 @@ use tokio::sync::Semaphore;
 use tokio_stream::StreamExt;
 use umem::link::Listener;
 
-use self::body::{Nothing, read};
+use self::body::{Nothing, SnapshotRequest, read};
 use self::error::ApiError;
+use crate::address_map::PAGE_SIZE;
 use crate::control::Control;
-use crate::events::Events;
+use crate::events::{Event, Events};
+use crate::snapshot::SnapshotProgress;
 use crate::{http, metrics};
 
 /// Connections at a time; further ones wait until one of them ends, which takes a client that says nothing ten seconds.
@@ -45,18 +47,20 @@ enum Verb {
     Counters,
     Pause,
     Resume,
+    Snapshot,
     Shutdown,
     Events,
     Metrics,
 }
 
 /// Everything that can be asked for, and how.
-const ROUTES: [(Method, &str, Verb); 8] = [
+const ROUTES: [(Method, &str, Verb); 9] = [
     (Method::GET, "/api/v1/vmm.ping", Verb::Ping),
     (Method::GET, "/api/v1/vm.info", Verb::Info),
     (Method::GET, "/api/v1/vm.counters", Verb::Counters),
     (Method::PUT, "/api/v1/vm.pause", Verb::Pause),
     (Method::PUT, "/api/v1/vm.resume", Verb::Resume),
+    (Method::PUT, "/api/v1/vm.snapshot", Verb::Snapshot),
     (Method::PUT, "/api/v1/vm.shutdown", Verb::Shutdown),
     (Method::GET, "/api/v1/events", Verb::Events),
     (Method::GET, "/metrics", Verb::Metrics),
@@ -153,6 +157,13 @@ impl Api {
                 blocking(move || control.resume()).await??;
                 Ok(done())
             }
+            Verb::Snapshot => {
+                let wanted: SnapshotRequest = read(body).await?;
+                let options = wanted.options()?;
+                let (control, events) = (self.control.clone(), self.events.clone());
+                let made = blocking(move || control.snapshot(&options, &mut told_to(&events))).await??;
+                json(&view::Snapshot::new(&made))
+            }
             Verb::Shutdown => {
                 read::<Nothing>(body).await?;
                 self.control.shutdown()?;
@@ -183,6 +194,21 @@ impl Api {
         });
         let body = Body::from_stream(lines);
         Ok(([(CONTENT_TYPE, "application/x-ndjson")], body).into_response())
+    }
+}
+
+/// Tells how far a snapshot is, in steps of a hundredth.
+fn told_to(events: &Events) -> impl FnMut(SnapshotProgress) {
+    let mut reached = 0;
+    move |SnapshotProgress { done, total }| {
+        let step = done * 100 / total.max(1);
+        if step > reached {
+            reached = step;
+            events.tell(&Event::SnapshotProgress {
+                done: done * PAGE_SIZE,
+                total: total * PAGE_SIZE,
+            });
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use umem::pager::FaultClass;
 
 use crate::control::{Control, Counters};
 use crate::report::{Latency, Source, milliseconds};
+use crate::snapshot::SnapshotSummary;
 
 /// This program.
 #[derive(Debug, Serialize)]
@@ -108,6 +109,32 @@ impl Machine {
                 .filter(|(_, summary)| summary.count > 0)
                 .map(|(class, summary)| (class.name(), summary.into()))
                 .collect(),
+        }
+    }
+}
+
+/// A snapshot that was made.
+#[derive(Debug, Serialize)]
+pub(super) struct Snapshot {
+    path: String,
+    pages: u64,
+    data_pages: u64,
+    absent_pages: u64,
+    digest: String,
+    paused_ms: f64,
+    took_ms: f64,
+}
+
+impl Snapshot {
+    pub(super) fn new(made: &SnapshotSummary) -> Self {
+        Self {
+            path: made.path.display().to_string(),
+            pages: made.pages,
+            data_pages: made.data_pages,
+            absent_pages: made.absent_pages,
+            digest: blake3::Hash::from_bytes(made.digest).to_hex().to_string(),
+            paused_ms: milliseconds(made.paused),
+            took_ms: milliseconds(made.took),
         }
     }
 }

@@ -10,6 +10,7 @@ use hyper::client::conn::http1;
 use hyper::header::{CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::net::UnixStream;
@@ -17,6 +18,7 @@ use tokio::runtime::{Builder, Runtime};
 use umem::link::{Address, Stream};
 
 use crate::cli::error::CommandError;
+use crate::cli::progress;
 
 /// How long a VM may take to be connected to.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
@@ -94,7 +96,7 @@ impl Client {
     /// Asks, and waits for all of the answer. Nothing at all is an empty object.
     fn ask(&self, method: Method, path: &str) -> Result<Value, CtlError> {
         self.runtime.block_on(async {
-            let asked = async { self.whole(self.send(method, path).await?).await };
+            let asked = async { self.whole(self.send(method, path, String::new()).await?).await };
             let silent = |_| CtlError::Silent {
                 path: self.path.clone(),
             };
@@ -108,25 +110,64 @@ impl Client {
         mut take: impl FnMut(&str) -> Result<(), CommandError>,
     ) -> Result<(), CommandError> {
         self.runtime.block_on(async {
-            let mut response = self.send(Method::GET, "/api/v1/events").await?;
-            if !response.status().is_success() {
-                self.whole(response).await?;
-                return Ok(());
-            }
-            let mut text = Vec::new();
-            while let Some(frame) = response.body_mut().frame().await {
-                let frame = frame.map_err(|source| self.broken(source))?;
-                text.extend(frame.data_ref().into_iter().flatten());
-                while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
-                    let line: Vec<u8> = text.drain(..=end).collect();
-                    take(&String::from_utf8_lossy(&line))?;
-                }
+            let mut events = self.listen().await?;
+            while let Some(line) = events.next().await.map_err(|source| self.broken(source))? {
+                take(&line)?;
             }
             Ok(())
         })
     }
 
-    async fn send(&self, method: Method, path: &str) -> Result<Response<Incoming>, CtlError> {
+    /// Has a snapshot made, however long it takes, and shows on a terminal how far it is.
+    pub(super) fn snapshot(&self, wanted: &Value) -> Result<Value, CtlError> {
+        let bar = progress::bar("snapshot", 0);
+        self.runtime.block_on(async {
+            // Before it begins, so that nothing is missed. Without events there is a snapshot all the same.
+            let mut events = if bar.is_hidden() {
+                None
+            } else {
+                self.listen().await.ok()
+            };
+            let asked = async {
+                let response = self
+                    .send(Method::PUT, "/api/v1/vm.snapshot", wanted.to_string())
+                    .await?;
+                self.whole(response).await
+            };
+            tokio::pin!(asked);
+            let answer = loop {
+                let line = async {
+                    match &mut events {
+                        Some(events) => events.next().await.ok().flatten(),
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    answer = &mut asked => break answer,
+                    line = line => match line {
+                        Some(line) => show(&bar, &line),
+                        None => events = None,
+                    },
+                }
+            };
+            bar.finish_and_clear();
+            answer
+        })
+    }
+
+    async fn listen(&self) -> Result<Lines, CtlError> {
+        let response = self.send(Method::GET, "/api/v1/events", String::new()).await?;
+        if !response.status().is_success() {
+            self.whole(response).await?;
+            return Err(self.strange());
+        }
+        Ok(Lines {
+            response,
+            text: Vec::new(),
+        })
+    }
+
+    async fn send(&self, method: Method, path: &str, body: String) -> Result<Response<Incoming>, CtlError> {
         let connected = Stream::connect(&Address::Unix(self.path.clone()), CONNECT_PATIENCE, None);
         let stream = connected
             .and_then(|stream| match stream {
@@ -146,7 +187,7 @@ impl Client {
             .map_err(|source| self.broken(source))?;
         // What becomes of it the request hears too.
         drop(tokio::spawn(connection));
-        let mut request = Request::new(Full::<Bytes>::default());
+        let mut request = Request::new(Full::<Bytes>::from(body));
         *request.method_mut() = method;
         *request.uri_mut() = path.parse().map_err(|_| self.strange())?;
         request
@@ -203,5 +244,40 @@ impl Client {
         CtlError::Strange {
             path: self.path.clone(),
         }
+    }
+}
+
+/// Lines that come as they are written.
+struct Lines {
+    response: Response<Incoming>,
+    /// What has come of those that were not handed on.
+    text: Vec<u8>,
+}
+
+impl Lines {
+    /// The next one. `None`: there are no more.
+    async fn next(&mut self) -> Result<Option<String>, hyper::Error> {
+        loop {
+            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.text.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line).into_owned()));
+            }
+            let Some(frame) = self.response.body_mut().frame().await else {
+                return Ok(None);
+            };
+            self.text.extend(frame?.data_ref().into_iter().flatten());
+        }
+    }
+}
+
+/// Shows what an event says of a snapshot.
+fn show(bar: &ProgressBar, line: &str) {
+    let event: Value = serde_json::from_str(line).unwrap_or_default();
+    let properties = &event["properties"];
+    if event["source"] == "snapshot"
+        && let (Some(bytes), Some(total)) = (properties["bytes"].as_u64(), properties["total"].as_u64())
+    {
+        bar.set_length(total);
+        bar.set_position(bytes);
     }
 }

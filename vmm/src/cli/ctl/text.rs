@@ -65,6 +65,18 @@ fn latency(times: &Value) -> String {
     format!("{}: {}", word(&times["count"]), figures.join(", "))
 }
 
+/// A snapshot that was made.
+pub(super) fn snapshot(made: &Value) -> String {
+    format!(
+        "{}: {} of {} pages hold something, {} were not loaded yet; the guest stood still for {} ms\n",
+        word(&made["path"]),
+        word(&made["data_pages"]),
+        word(&made["pages"]),
+        word(&made["absent_pages"]),
+        word(&made["paused_ms"])
+    )
+}
+
 /// Counters, one a line.
 pub(super) fn counters(counters: &Value) -> String {
     let groups = counters.as_object().into_iter().flatten();
