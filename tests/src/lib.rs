@@ -5,6 +5,7 @@
 //! - [`vm`]: `umem run` and its report;
 //! - [`server`]: `umem serve`;
 //! - [`certificates`]: a CA, and directories for `--tls-dir`;
+//! - [`api`]: the control API of a running VM;
 //! - [`served`]: VMs whose RAM comes from page servers;
 //! - [`proxy`]: a network between them that does what it should not;
 //! - [`peer`]: one end of it that says what it likes;
@@ -18,6 +19,7 @@
 
 #![allow(clippy::unwrap_used)] // It is used by tests alone, where a panic is how failure is reported.
 
+pub mod api;
 pub mod certificates;
 pub mod errors;
 pub mod host;

@@ -138,6 +138,7 @@ impl Remote {
                 eprintln!("{error:?}");
                 std::process::exit(1);
             }
+            Notice::SourceLost(_) | Notice::SourceBack => {}
         };
         let pager = Pager::start(Arc::clone(&region), Arc::new(source), fill, observer).expect("a pager");
         Self {

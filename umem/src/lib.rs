@@ -11,6 +11,7 @@
 //!   -> states    InFlight to Present
 //! ```
 
+pub mod causes;
 pub mod channel;
 mod checksums;
 pub mod handoff;
@@ -18,6 +19,7 @@ pub mod image;
 mod image_verify;
 mod image_writer;
 pub mod link;
+pub mod metrics;
 pub mod pager;
 pub mod publish;
 pub mod region;

@@ -40,7 +40,7 @@ mod stripe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use rustix::event::EventfdFlags;
@@ -56,7 +56,7 @@ use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
 use crate::source::{PageSource, SourceError, SourceStats};
 use crate::states::{Arrival, PageStates, StateCounts};
-use crate::stats::{Histogram, Summary};
+use crate::stats::{Distribution, Histogram, Summary};
 use crate::uffd::{self, Features, InstallError, Userfaultfd};
 use crate::units::{HostAddress, PageIndex, PageRange};
 use crate::working_set::WorkingSet;
@@ -112,6 +112,10 @@ pub enum Notice {
     AllPagesPresent,
     /// A page cannot be had, and whoever waits for it waits for ever. Told once.
     Failed(Arc<PagerError>),
+    /// The connection to the source is lost, for the reason given, and is being made anew: until then pages do not come.
+    SourceLost(String),
+    /// It was made anew.
+    SourceBack,
 }
 
 /// Why a pager cannot go on.
@@ -231,6 +235,8 @@ pub struct PagerStats {
     pub faults: Summary,
     /// The same by class.
     pub fault_classes: [Summary; FaultClass::ALL.len()],
+    /// The same by class, in full; empty for a pager in another process.
+    pub fault_distributions: [Distribution; FaultClass::ALL.len()],
     /// When all pages were there.
     pub all_present_at: Option<Instant>,
     /// What the source did.
@@ -404,9 +410,27 @@ impl Pager {
             duplicate: shared.duplicate.load(Relaxed),
             faults: Histogram::summary_of(&histograms),
             fault_classes: std::array::from_fn(|class| shared.latency[class].summary()),
+            fault_distributions: std::array::from_fn(|class| shared.latency[class].distribution()),
             all_present_at: shared.all_present_at.get().copied(),
             source: shared.source.stats(),
         }
+    }
+
+    /// The page that somebody has waited for longest, and for how long.
+    pub fn longest_wait(&self) -> Option<(PageIndex, Duration)> {
+        let waiting = self.shared.waiting();
+        let longest = waiting.iter().min_by_key(|waiting| waiting.since)?;
+        Some((longest.unit, longest.since.elapsed()))
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
+    }
+
+    /// Where its pages come from.
+    pub fn source(&self) -> Arc<dyn PageSource> {
+        Arc::clone(&self.shared.source)
     }
 
     /// The most memory that its page-state table can take, in bytes.

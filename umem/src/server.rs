@@ -28,9 +28,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, text};
-use prometheus_client::registry::Registry;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -39,11 +36,12 @@ use rustix::process::{Resource, getrlimit};
 use self::channel::Channel;
 use self::client::Client;
 use self::lobby::Lobby;
-use self::metrics::{Metrics, Page, Refusal, hex};
+use self::metrics::{Metrics, Refusal, hex};
 use self::served::Served;
 use self::turns::{Class, Turns};
 use crate::image::Image;
 use crate::link::{Listener, Stream};
+use crate::metrics::Page;
 use crate::wire::{Epoch, Features, Hello, RefuseCode, Role, SessionId, VERSION, Welcome};
 
 /// Channels at a time, over all clients.
@@ -177,12 +175,8 @@ impl Server {
 
     /// All that it counts, in the OpenMetrics text format that Prometheus reads.
     pub fn metrics(&self) -> String {
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(Collected(Arc::clone(&self.shared))));
-        let mut out = String::new();
-        // Nothing fails where text is kept in memory.
-        let _ = text::encode(&mut out, &registry);
-        out
+        let shared = Arc::clone(&self.shared);
+        crate::metrics::encode(move |page| shared.write_metrics(page))
     }
 
     /// Serves who connects to `listener`, until stopped; then the listener is closed, so that a successor can have its
@@ -439,16 +433,10 @@ impl Shared {
     }
 }
 
-/// A server's metrics as they are when they are asked for.
-#[derive(Debug)]
-struct Collected(Arc<Shared>);
-
-impl Collector for Collected {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let shared = &self.0;
-        let mut page = Page(encoder);
-        page.all(&shared.metrics)?;
-        let silent = shared.silent.load(Relaxed) as u64;
+impl Shared {
+    fn write_metrics(&self, page: &mut Page<'_>) -> fmt::Result {
+        self::metrics::write(page, &self.metrics)?;
+        let silent = self.silent.load(Relaxed) as u64;
         page.gauge(
             "umem_serve_connections_silent",
             "Connections that have not said hello",
@@ -457,9 +445,9 @@ impl Collector for Collected {
         page.gauge(
             "umem_serve_clients",
             "Sessions with at least one open channel",
-            shared.clients(),
+            self.clients(),
         )?;
-        let waiting = shared.turns.waiting().map(|(class, waiting)| {
+        let waiting = self.turns.waiting().map(|(class, waiting)| {
             let name = match class {
                 Class::Demand => "demand",
                 Class::Background => "background",
@@ -471,14 +459,14 @@ impl Collector for Collected {
             "Channels that wait for their turn",
             waiting,
         )?;
-        let waits = shared.turns.waits();
+        let waits = self.turns.waits();
         page.counter(
             "umem_serve_turn_waits",
             "Times that a channel had to wait for its turn",
             None,
             waits,
         )?;
-        let mut images: Vec<&Served> = shared.images.values().collect();
+        let mut images: Vec<&Served> = self.images.values().collect();
         images.sort_unstable_by_key(|served| &served.name);
         let sound = images.iter().map(|served| {
             let digest = hex(&served.image.footer().digest);
@@ -493,9 +481,7 @@ impl Collector for Collected {
             sound,
         )
     }
-}
 
-impl Shared {
     fn clients(&self) -> u64 {
         let channels = self.lock();
         let clients: HashSet<Client> = channels.open.values().filter_map(|(_, client)| *client).collect();

@@ -16,6 +16,8 @@ const BUCKETS: usize = (SUB_BUCKETS as usize) * (64 - SUB_BITS as usize + 1);
 pub struct Histogram {
     buckets: Box<[AtomicU64]>,
     max: AtomicU64,
+    /// Of all that was recorded.
+    sum: AtomicU64,
 }
 
 impl Default for Histogram {
@@ -23,6 +25,7 @@ impl Default for Histogram {
         Self {
             buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             max: AtomicU64::new(0),
+            sum: AtomicU64::new(0),
         }
     }
 }
@@ -44,12 +47,51 @@ pub struct Summary {
     pub max: u64,
 }
 
+/// How often what was recorded: durations between powers of two of nanoseconds, from 1 us to 17 s.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Distribution {
+    /// How many durations were shorter than the first bound, than the second but not the first, and so on, and than none.
+    counts: Vec<u64>,
+    sum: Duration,
+}
+
+impl Distribution {
+    const FIRST_BOUND: u32 = 10;
+    const LAST_BOUND: u32 = 34;
+
+    /// For each bound, in seconds and ascending, how many durations were shorter than it but than none before; the last is
+    /// infinite.
+    pub fn buckets(&self) -> Vec<(f64, u64)> {
+        let bounds = Self::bounds().map(|nanos| nanos as f64 / 1e9);
+        let bounds = bounds.chain([f64::INFINITY]);
+        // Nothing at all may have been recorded.
+        bounds
+            .zip(self.counts.iter().copied().chain(std::iter::repeat(0)))
+            .collect()
+    }
+
+    /// How many durations there are.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// All of them together.
+    pub fn sum(&self) -> Duration {
+        self.sum
+    }
+
+    fn bounds() -> impl Iterator<Item = u64> {
+        (Self::FIRST_BOUND..=Self::LAST_BOUND).map(|power| 1 << power)
+    }
+}
+
 impl Histogram {
     /// Counts one duration.
     pub fn record(&self, duration: Duration) {
         let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         self.buckets[bucket_of(nanos)].fetch_add(1, Relaxed);
         self.max.fetch_max(nanos, Relaxed);
+        self.sum.fetch_add(nanos, Relaxed);
     }
 
     /// The figures of everything recorded so far in all of `histograms`.
@@ -90,12 +132,21 @@ impl Histogram {
 
     /// How many of the recorded durations were shorter than the first of `bounds`, than the second but not the first, and so
     /// on, and than none. The bounds are powers of two of nanoseconds from 32 on, in ascending order.
-    pub fn counts(&self, bounds: &[u64]) -> Vec<u64> {
+    fn counts(&self, bounds: &[u64]) -> Vec<u64> {
         let mut counts = vec![0; bounds.len() + 1];
         for (bucket, count) in self.buckets.iter().enumerate() {
             counts[bounds.partition_point(|bound| *bound <= highest_of(bucket))] += count.load(Relaxed);
         }
         counts
+    }
+
+    /// Everything recorded so far, by powers of two.
+    pub fn distribution(&self) -> Distribution {
+        let bounds: Vec<u64> = Distribution::bounds().collect();
+        Distribution {
+            counts: self.counts(&bounds),
+            sum: Duration::from_nanos(self.sum.load(Relaxed)),
+        }
     }
 
     /// The figures of everything recorded so far.
@@ -180,6 +231,23 @@ mod tests {
     #[test]
     fn nothing_recorded_is_all_zero() {
         assert_eq!(Histogram::default().summary(), Summary::default());
+        let (nothing, recorded) = (Distribution::default(), Histogram::default().distribution());
+        assert_eq!(nothing.buckets(), recorded.buckets());
+        assert_eq!(nothing.count(), 0);
+    }
+
+    #[test]
+    fn a_distribution_has_everything_in_it_once() {
+        let histogram = Histogram::default();
+        for micros in [0, 1, 2, 3, 1_000, 100_000_000] {
+            histogram.record(Duration::from_micros(micros));
+        }
+        let distribution = histogram.distribution();
+        assert_eq!(distribution.count(), 6);
+        assert_eq!(distribution.sum(), Duration::from_micros(100_001_006));
+        let buckets = distribution.buckets();
+        assert_eq!(buckets[0], (1.024e-6, 2));
+        assert_eq!(buckets.last(), Some(&(f64::INFINITY, 1)));
     }
 
     #[test]

@@ -40,7 +40,7 @@ fn punch_hole(path: &Path, offset: u64, length: u64) {
 fn failure(notices: &Receiver<Notice>) -> Arc<PagerError> {
     match notices.recv().unwrap() {
         Notice::Failed(error) => error,
-        Notice::AllPagesPresent => panic!("wrong pages were taken for right ones"),
+        other => panic!("{other:?} where a failure was due"),
     }
 }
 

@@ -4,42 +4,75 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Builder;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use umem::link::{Listener, Stream};
-
-/// Connections at a time; further ones wait.
-const MAX_CONNECTIONS: usize = 16;
 
 /// How long a client may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a connection may be there at all: nothing here takes long.
-const LONGEST: Duration = Duration::from_mins(1);
+/// How long the last answers may take, at the end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long nobody is taken after somebody could not be.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Answers who connects to `listener`, for as long as this program runs.
-pub(crate) fn serve(listener: Listener, router: Router) -> io::Result<()> {
-    rustix::io::ioctl_fionbio(&listener, true)?;
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    thread::Builder::new().name("http".into()).spawn(move || {
-        if let Err(error) = runtime.block_on(take_all(listener, router)) {
-            tracing::error!(%error, "no more HTTP is answered");
+/// What clients may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections at a time; further ones wait.
+    pub(crate) connections: usize,
+    /// How long a connection may be there at all.
+    pub(crate) longest: Option<Duration>,
+}
+
+/// Answers HTTP until it is dropped, which lets requests that are being answered be answered to their end, but not for long.
+#[derive(Debug)]
+pub(crate) struct Server {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Answers who connects to `listener`.
+    pub(crate) fn start(listener: Listener, router: Router, limits: Limits) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&listener, true)?;
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = thread::Builder::new().name("http".into()).spawn(move || {
+            if let Err(error) = runtime.block_on(take_all(listener, router, limits, stopped)) {
+                tracing::error!(%error, "no more HTTP is answered");
+            }
+            // What a request has begun on another thread is not waited for.
+            runtime.shutdown_background();
+        })?;
+        Ok(Self {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that answers HTTP panicked");
         }
-    })?;
-    Ok(())
+    }
 }
 
 /// A listener by its descriptor's number, as the runtime wants it.
@@ -52,23 +85,28 @@ impl AsRawFd for Descriptor {
     }
 }
 
-async fn take_all(listener: Listener, router: Router) -> io::Result<()> {
+async fn take_all(
+    listener: Listener,
+    router: Router,
+    limits: Limits,
+    mut stopped: oneshot::Receiver<()>,
+) -> io::Result<()> {
     // SAFETY: the listener owns its descriptor, which stays open and the same until the `AsyncFd` drops it.
     let listener = unsafe { AsyncFd::register(Descriptor(listener)) }.map_err(io::Error::other)?;
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let ending = GracefulShutdown::new();
     loop {
-        let place = Arc::clone(&places)
-            .acquire_owned()
-            .await
-            .map_err(io::Error::other)?;
-        let mut ready = listener.readable().await?;
-        let Ok(accepted) = ready.try_io(|listener| listener.get_ref().0.accept()) else {
+        let taken = tokio::select! {
+            taken = take(&listener, &places) => taken?,
+            _ = &mut stopped => break,
+        };
+        let Some((accepted, place)) = taken else {
             continue;
         };
-        let router = router.clone();
+        let (router, watcher) = (router.clone(), ending.watcher());
         match accepted.and_then(connection) {
             Ok(stream) => drop(tokio::spawn(async move {
-                answer(stream, router).await;
+                answer(stream, router, limits, watcher).await;
                 drop(place);
             })),
             Err(error) => {
@@ -77,6 +115,24 @@ async fn take_all(listener: Listener, router: Router) -> io::Result<()> {
             }
         }
     }
+    // Who comes now is to find nobody.
+    drop(listener);
+    let _ = tokio::time::timeout(LAST_WORDS, ending.shutdown()).await;
+    Ok(())
+}
+
+/// Waits for a place and for somebody to take it. `None`: he is gone again.
+async fn take(
+    listener: &AsyncFd<Descriptor>,
+    places: &Arc<Semaphore>,
+) -> io::Result<Option<(io::Result<Stream>, OwnedSemaphorePermit)>> {
+    let place = Arc::clone(places)
+        .acquire_owned()
+        .await
+        .map_err(io::Error::other)?;
+    let mut ready = listener.readable().await?;
+    let accepted = ready.try_io(|listener| listener.get_ref().0.accept());
+    Ok(accepted.ok().map(|accepted| (accepted, place)))
 }
 
 trait Connection: AsyncRead + AsyncWrite + Send {}
@@ -93,12 +149,17 @@ fn connection(stream: Stream) -> io::Result<Pin<Box<dyn Connection>>> {
     })
 }
 
-async fn answer(stream: Pin<Box<dyn Connection>>, router: Router) {
+async fn answer(stream: Pin<Box<dyn Connection>>, router: Router, limits: Limits, watcher: Watcher) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(PATIENCE)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    if let Ok(Err(error)) = tokio::time::timeout(LONGEST, connection).await {
+    let connection = watcher.watch(connection);
+    let ended = match limits.longest {
+        Some(longest) => tokio::time::timeout(longest, connection).await.unwrap_or(Ok(())),
+        None => connection.await,
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "HTTP connection ended");
     }
 }

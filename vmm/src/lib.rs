@@ -7,21 +7,29 @@
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
 //! - [`machine`]: all of it put together and run;
 //! - [`thread_placement`]: on which CPUs vCPUs and pager run;
+//! - [`control`]: a VM that runs, in the hands of other threads;
+//! - [`api`], [`events`], [`metrics`]: those hands, and what people and programs outside are told;
 //! - [`ending`]: why a VM stopped;
+//! - [`snapshot`]: a VM in a file;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
 pub mod address_map;
+pub mod api;
 pub mod boot;
 pub mod cli;
+pub mod control;
 pub mod devices;
 pub mod ending;
+pub mod events;
 mod http;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod snapshot;
 pub mod thread_placement;
 pub mod working_set;

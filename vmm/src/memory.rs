@@ -24,6 +24,11 @@ impl GuestMemory {
         Self { ram, map, read_only }
     }
 
+    /// The pages outside RAM.
+    pub fn read_only(&self) -> &[ReadOnlyPages] {
+        &self.read_only
+    }
+
     /// Shows it to the guest of `vm`.
     ///
     /// # Safety

@@ -7,6 +7,7 @@ use umem::handoff::{AttachedPager, PagerAddress};
 use umem::pager::{Notice, Pager, PagerOptions, PagerStats, StartError};
 use umem::region::Region;
 use umem::source::PageSource;
+use umem::states::{PageStates, StateCounts};
 use umem::units::PageIndex;
 
 /// Where RAM comes from.
@@ -94,6 +95,38 @@ impl ServingPager {
         match self {
             Self::Own(pager) => pager.stats(),
             Self::Attached(pager) => pager.stats(),
+        }
+    }
+
+    /// How many pages are in which state.
+    pub(crate) fn states(&self) -> StateCounts {
+        match self {
+            Self::Own(pager) => pager.states().counts(),
+            Self::Attached(pager) => pager.counts(),
+        }
+    }
+
+    /// For how long somebody has been waiting for a page; in vain, if the pager is another process.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        match self {
+            Self::Own(pager) => Some(pager.longest_wait()?.1),
+            Self::Attached(pager) => pager.longest_wait(),
+        }
+    }
+
+    /// What is known of the pages, and where those that are not there come from, if this process asks there.
+    pub(crate) fn pages(&self) -> (Arc<PageStates>, Option<Arc<dyn PageSource>>) {
+        match self {
+            Self::Own(pager) => (pager.states(), Some(pager.source())),
+            Self::Attached(pager) => (pager.states(), None),
+        }
+    }
+
+    /// The page that somebody has waited for longest, where this process knows.
+    pub(crate) fn missing_page(&self) -> Option<PageIndex> {
+        match self {
+            Self::Own(pager) => Some(pager.longest_wait()?.0),
+            Self::Attached(_) => None,
         }
     }
 

@@ -129,6 +129,18 @@ pub struct Source {
     pub reconnects: u64,
 }
 
+impl Source {
+    /// What the source at `url` did.
+    pub fn new(url: String, stats: SourceStats) -> Self {
+        Self {
+            url,
+            bytes: stats.bytes,
+            requests: stats.requests,
+            reconnects: stats.reconnects,
+        }
+    }
+}
+
 /// Memory of this process.
 #[derive(Debug, Serialize)]
 pub struct Process {
@@ -166,12 +178,7 @@ impl Report {
 
     /// Takes over what the source at `url` did.
     pub fn set_source(&mut self, url: String, source: SourceStats) {
-        self.source = Some(Source {
-            url,
-            bytes: source.bytes,
-            requests: source.requests,
-            reconnects: source.reconnects,
-        });
+        self.source = Some(Source::new(url, source));
     }
 
     /// Takes over what each vCPU's counter says; nothing, if it is not known of every vCPU.

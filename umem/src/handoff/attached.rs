@@ -16,6 +16,7 @@ use rustix::fs::MemfdFlags;
 
 use super::passing::{PassingError, receive, send};
 use super::{FailureKind, Figures, FillKind, Message, Serve, StripePlace, VERSION};
+use crate::causes::chain;
 use crate::link::{Address, Stream};
 use crate::pager::{
     self, Fill, Notice, PagerError, PagerOptions, PagerStats, RegisteredStripe, StartError,
@@ -23,7 +24,7 @@ use crate::pager::{
 };
 use crate::region::Region;
 use crate::source::SourceError;
-use crate::states::{Arrival, PageStates};
+use crate::states::{Arrival, PageStates, StateCounts};
 use crate::uffd::InstallError;
 use crate::units::PageIndex;
 
@@ -207,7 +208,7 @@ struct Shared {
     timeout: Duration,
     /// Kept so that a userfaultfd is never closed while somebody may touch the memory.
     stripes: Vec<RegisteredStripe>,
-    states: PageStates,
+    states: Arc<PageStates>,
     table: OwnedFd,
     working_set: Option<File>,
     fill: FillKind,
@@ -225,6 +226,8 @@ struct Connection {
     stream: Option<Arc<UnixStream>>,
     /// Times that a pager was found again.
     reconnects: u64,
+    /// Since when there is none; nothing before the first.
+    lost_since: Option<Instant>,
 }
 
 impl AttachedPager {
@@ -263,7 +266,7 @@ impl AttachedPager {
             digest,
             timeout,
             stripes,
-            states,
+            states: Arc::new(states),
             table,
             working_set,
             fill,
@@ -325,13 +328,12 @@ impl AttachedPager {
     /// What was done so far; latencies and what the source did only after the end.
     pub fn stats(&self) -> PagerStats {
         let shared = &self.shared;
-        // The transitions are the other process's.
-        shared.states.recount();
+        let states = self.counts();
         let figures = shared.figures.get().cloned().unwrap_or_default();
         let mut source = figures.source;
         source.reconnects = shared.lock().reconnects;
         PagerStats {
-            states: shared.states.counts(),
+            states,
             populated_at_start: 0,
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
@@ -339,9 +341,28 @@ impl AttachedPager {
             duplicate: figures.duplicate,
             faults: figures.faults,
             fault_classes: figures.fault_classes,
+            fault_distributions: Default::default(),
             all_present_at: shared.all_present_at.get().copied(),
             source,
         }
+    }
+
+    /// How many pages are in which state.
+    pub fn counts(&self) -> StateCounts {
+        // The transitions are the other process's.
+        self.shared.states.recount();
+        self.shared.states.counts()
+    }
+
+    /// For how long somebody has been waiting in vain: since the pager was lost, if a page is waited for now.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        let since = self.shared.lock().lost_since?;
+        self.shared.somebody_waits().then(|| since.elapsed())
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
     }
 
     /// The most memory that its page-state table can take, in bytes.
@@ -428,6 +449,8 @@ impl Shared {
                 Ended::Gone(_) if self.closing.load(SeqCst) || self.all_present_at.get().is_some() => return,
                 Ended::Gone(error) => {
                     tracing::warn!(pager = %self.pager, error = &error as &dyn std::error::Error, "pager lost, looking for it anew");
+                    self.lock().lost_since = Some(Instant::now());
+                    (self.observer)(Notice::SourceLost(chain(&error)));
                 }
                 Ended::Failed(kind, error) => return self.fail(kind, error),
             }
@@ -452,6 +475,11 @@ impl Shared {
                     }
                     connection.stream = Some(Arc::clone(&stream));
                     connection.reconnects += u64::from(!first);
+                    connection.lost_since = None;
+                    drop(connection);
+                    if !first {
+                        (self.observer)(Notice::SourceBack);
+                    }
                     return Ok(Some(stream));
                 }
                 Err(error) => error,

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::passing::{PassingError, receive, send};
 use super::{FailureKind, Figures, FillKind, Message, Serve, VERSION};
+use crate::causes::chain;
 use crate::image::Image;
 use crate::link::{Listener, Stream};
 use crate::pager::{Fill, Memory, Notice, Pager, PagerError, RegisteredStripe};
@@ -189,7 +190,7 @@ impl Shared {
                 Message::Serve(serve) if pager.is_none() => {
                     let out = Arc::clone(&out);
                     let observer = move |notice| {
-                        let message = message_of(notice);
+                        let Some(message) = message_of(notice) else { return };
                         let stream = out.lock().unwrap_or_else(PoisonError::into_inner);
                         if let Err(error) = send(&stream, &message, &[]) {
                             // It will not be told, so it must find out: its memory is not served any more.
@@ -347,9 +348,11 @@ fn read_set(descriptor: OwnedFd, image: &Image) -> Result<WorkingSet, String> {
     checked.map(|()| set).map_err(|error| error.to_string())
 }
 
-fn message_of(notice: Notice) -> Message {
-    match notice {
+/// What the process with the memory is told; of a source that may come back, nothing.
+fn message_of(notice: Notice) -> Option<Message> {
+    Some(match notice {
         Notice::AllPagesPresent => Message::AllPagesPresent,
+        Notice::SourceLost(_) | Notice::SourceBack => return None,
         Notice::Failed(error) => {
             let kind = match &*error {
                 PagerError::Source {
@@ -362,16 +365,8 @@ fn message_of(notice: Notice) -> Message {
                 } => FailureKind::Lost,
                 _ => FailureKind::Pager,
             };
-            let mut text = error.to_string();
-            let mut cause = std::error::Error::source(&*error);
-            while let Some(error) = cause {
-                let message = error.to_string();
-                if !text.ends_with(&message) {
-                    text = format!("{text}: {message}");
-                }
-                cause = error.source();
-            }
+            let text = chain(&*error);
             Message::Failed { kind, text }
         }
-    }
+    })
 }

@@ -1,5 +1,6 @@
 //! What a pager's threads share, and what they do with it.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -10,6 +11,7 @@ use rustix::thread::CpuSet;
 use super::install::Fetched;
 use super::stripe::Stripe;
 use super::{FaultClass, Notice, PagerError, TouchRecord};
+use crate::causes::chain;
 use crate::region::{PageSize, Region};
 use crate::schedule::{Schedule, step_forward};
 use crate::source::{Class, Content, PageSink, PageSource, SourceError};
@@ -234,6 +236,19 @@ impl PageSink for Shared {
 
     fn failed(&self, error: SourceError) {
         self.fail(self.source_error(error));
+    }
+
+    fn lost(&self, why: &dyn Error) {
+        // When nothing more is wanted of it, nobody misses it.
+        if !self.released.load(Relaxed) && !self.closing.load(Relaxed) {
+            (self.observer)(Notice::SourceLost(chain(why)));
+        }
+    }
+
+    fn back(&self) {
+        if !self.closing.load(Relaxed) {
+            (self.observer)(Notice::SourceBack);
+        }
     }
 }
 

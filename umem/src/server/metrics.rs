@@ -4,16 +4,9 @@ use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::Unit;
-
+use crate::metrics::{Page, Unit};
 use crate::stats::Histogram;
 use crate::wire::{ChannelKind, RefuseCode};
-
-/// Upper bounds of the buckets of times: powers of two of nanoseconds from 1 us to 17 s.
-const FIRST_BOUND: u32 = 10;
-const LAST_BOUND: u32 = 34;
 
 /// Words that count things apart, each with its own counter.
 macro_rules! reasons {
@@ -123,7 +116,6 @@ pub(super) struct Metrics {
     closed: [AtomicU64; KINDS.len()],
     requests: [AtomicU64; KINDS.len()],
     answer: [Histogram; KINDS.len()],
-    answer_nanos: [AtomicU64; KINDS.len()],
     refused: [AtomicU64; Refusal::ALL.len()],
     left: AtomicU64,
     ended: [AtomicU64; End::ALL.len()],
@@ -155,7 +147,6 @@ impl Metrics {
     pub(super) fn answer(&self, kind: ChannelKind, time: Duration) {
         self.requests[kind as usize].fetch_add(1, Relaxed);
         self.answer[kind as usize].record(time);
-        self.answer_nanos[kind as usize].fetch_add(time.as_nanos() as u64, Relaxed);
     }
 
     /// Pages were answered, with so many bytes of content in so many bytes of data.
@@ -195,154 +186,87 @@ fn sum(counters: &[AtomicU64]) -> u64 {
     counters.iter().map(|counter| counter.load(Relaxed)).sum()
 }
 
-/// Writes metrics as they are at this moment.
-pub(super) struct Page<'a>(pub(super) DescriptorEncoder<'a>);
-
-impl Page<'_> {
-    fn metric<'s>(
-        &'s mut self,
-        name: &'s str,
-        help: &str,
-        unit: Option<&'s Unit>,
-        kind: MetricType,
-    ) -> Result<MetricEncoder<'s>, fmt::Error> {
-        self.0.encode_descriptor(name, help, unit, kind)
-    }
-
-    pub(super) fn gauges(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = (impl EncodeLabelSet, u64)>,
-    ) -> fmt::Result {
-        let mut metric = self.metric(name, help, None, MetricType::Gauge)?;
-        values
-            .into_iter()
-            .try_for_each(|(labels, value)| metric.encode_family(&labels)?.encode_gauge(&value))
-    }
-
-    pub(super) fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
-        self.metric(name, help, None, MetricType::Gauge)?
-            .encode_gauge(&value)
-    }
-
-    pub(super) fn counter(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: u64) -> fmt::Result {
-        self.metric(name, help, unit, MetricType::Counter)?
-            .encode_counter::<NoLabelSet, _, u64>(&value, None)
-    }
-
-    fn counters(
-        &mut self,
-        name: &str,
-        help: &str,
-        values: impl IntoIterator<Item = (impl EncodeLabelSet, u64)>,
-    ) -> fmt::Result {
-        let mut metric = self.metric(name, help, None, MetricType::Counter)?;
-        values.into_iter().try_for_each(|(label, value)| {
-            metric
-                .encode_family(&label)?
-                .encode_counter::<NoLabelSet, _, u64>(&value, None)
-        })
-    }
-
-    /// Everything that is counted.
-    pub(super) fn all(&mut self, metrics: &Metrics) -> fmt::Result {
-        let names = KINDS.map(|kind| kind.to_string());
-        let by_kind = |counters: &[AtomicU64; KINDS.len()]| {
-            let values = counters.each_ref().map(|counter| counter.load(Relaxed));
-            names
-                .iter()
-                .zip(values)
-                .map(|(name, value)| ([("kind", name.as_str())], value))
-                .collect::<Vec<_>>()
-        };
-        // Closed ones first: one that is opened and closed between the two looks would be less than none.
-        let closed = by_kind(&metrics.closed);
-        let opened = by_kind(&metrics.opened);
-        let open = opened
+/// Writes everything that is counted.
+pub(super) fn write(page: &mut Page<'_>, metrics: &Metrics) -> fmt::Result {
+    let names = KINDS.map(|kind| kind.to_string());
+    let by_kind = |counters: &[AtomicU64; KINDS.len()]| {
+        let values = counters.each_ref().map(|counter| counter.load(Relaxed));
+        names
             .iter()
-            .zip(&closed)
-            .map(|((label, opened), (_, closed))| (*label, opened - closed));
-        self.gauges("umem_serve_channels", "Open channels", open)?;
-        self.counters("umem_serve_channels_opened", "Channels opened", opened)?;
-        self.counters(
-            "umem_serve_channels_ended",
-            "Channels ended, by why",
-            End::ALL.iter().map(|end| {
-                (
-                    [("reason", end.name())],
-                    metrics.ended[*end as usize].load(Relaxed),
-                )
-            }),
-        )?;
-        self.counters(
-            "umem_serve_connections_refused",
-            "Connections that did not become a channel, by why",
-            Refusal::ALL.iter().map(|why| {
-                (
-                    [("reason", why.name())],
-                    metrics.refused[*why as usize].load(Relaxed),
-                )
-            }),
-        )?;
-        self.counter(
-            "umem_serve_connections_left",
-            "Connections that ended by themselves before they were a channel",
-            None,
-            metrics.left.load(Relaxed),
-        )?;
-        self.counters(
-            "umem_serve_requests",
-            "Requests for pages answered",
-            by_kind(&metrics.requests),
-        )?;
-        self.counters(
-            "umem_serve_pages",
-            "Pages answered, by how",
-            Sent::ALL.iter().map(|sent| {
-                (
-                    [("sent", sent.name())],
-                    metrics.pages[*sent as usize].load(Relaxed),
-                )
-            }),
-        )?;
-        self.counter(
-            "umem_serve_content",
-            "Content of pages sent",
-            Some(&Unit::Bytes),
-            metrics.content(),
-        )?;
-        self.counter(
-            "umem_serve_wire",
-            "Content of pages as it was sent, which may be compressed",
-            Some(&Unit::Bytes),
-            metrics.wire.load(Relaxed),
-        )?;
-        self.answers(metrics, &names)
-    }
-
-    fn answers(&mut self, metrics: &Metrics, names: &[String]) -> fmt::Result {
-        let bounds: Vec<u64> = (FIRST_BOUND..=LAST_BOUND).map(|power| 1 << power).collect();
-        let mut metric = self.metric(
-            "umem_serve_answer",
-            "Time from a request for pages to the end of its answer",
-            Some(&Unit::Seconds),
-            MetricType::Histogram,
-        )?;
-        for (kind, name) in names.iter().enumerate() {
-            let counts = metrics.answer[kind].counts(&bounds);
-            let tops = bounds
-                .iter()
-                .map(|nanos| *nanos as f64 / 1e9)
-                .chain([f64::INFINITY]);
-            let buckets: Vec<(f64, u64)> = tops.zip(counts.iter().copied()).collect();
-            let seconds = metrics.answer_nanos[kind].load(Relaxed) as f64 / 1e9;
-            metric
-                .encode_family(&[("kind", name.as_str())])?
-                .encode_histogram::<NoLabelSet>(seconds, counts.iter().sum(), &buckets, None)?;
-        }
-        Ok(())
-    }
+            .zip(values)
+            .map(|(name, value)| ([("kind", name.as_str())], value))
+            .collect::<Vec<_>>()
+    };
+    // Closed ones first: one that is opened and closed between the two looks would be less than none.
+    let closed = by_kind(&metrics.closed);
+    let opened = by_kind(&metrics.opened);
+    let open = opened
+        .iter()
+        .zip(&closed)
+        .map(|((label, opened), (_, closed))| (*label, opened - closed));
+    page.gauges("umem_serve_channels", "Open channels", open)?;
+    page.counters("umem_serve_channels_opened", "Channels opened", opened)?;
+    page.counters(
+        "umem_serve_channels_ended",
+        "Channels ended, by why",
+        End::ALL.iter().map(|end| {
+            (
+                [("reason", end.name())],
+                metrics.ended[*end as usize].load(Relaxed),
+            )
+        }),
+    )?;
+    page.counters(
+        "umem_serve_connections_refused",
+        "Connections that did not become a channel, by why",
+        Refusal::ALL.iter().map(|why| {
+            (
+                [("reason", why.name())],
+                metrics.refused[*why as usize].load(Relaxed),
+            )
+        }),
+    )?;
+    page.counter(
+        "umem_serve_connections_left",
+        "Connections that ended by themselves before they were a channel",
+        None,
+        metrics.left.load(Relaxed),
+    )?;
+    page.counters(
+        "umem_serve_requests",
+        "Requests for pages answered",
+        by_kind(&metrics.requests),
+    )?;
+    page.counters(
+        "umem_serve_pages",
+        "Pages answered, by how",
+        Sent::ALL.iter().map(|sent| {
+            (
+                [("sent", sent.name())],
+                metrics.pages[*sent as usize].load(Relaxed),
+            )
+        }),
+    )?;
+    page.counter(
+        "umem_serve_content",
+        "Content of pages sent",
+        Some(&Unit::Bytes),
+        metrics.content(),
+    )?;
+    page.counter(
+        "umem_serve_wire",
+        "Content of pages as it was sent, which may be compressed",
+        Some(&Unit::Bytes),
+        metrics.wire.load(Relaxed),
+    )?;
+    page.histograms(
+        "umem_serve_answer",
+        "Time from a request for pages to the end of its answer",
+        names
+            .iter()
+            .zip(&metrics.answer)
+            .map(|(name, answer)| ([("kind", name.as_str())], answer.distribution())),
+    )
 }
 
 /// A digest in hexadecimal.

@@ -15,7 +15,7 @@ mod url;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -98,6 +98,8 @@ struct Shared {
     /// Of every [`MAX_BITMAP_PAGES`] pages, once asked for, which hold something.
     data: Vec<OnceLock<Vec<u8>>>,
     closing: AtomicBool,
+    /// Lanes that had a connection and have none. Held while the sink is told, so that it is told in order.
+    lost: Mutex<usize>,
     bytes: AtomicU64,
     requests: AtomicU64,
     reconnects: AtomicU64,
@@ -127,13 +129,23 @@ impl RemoteSource {
     /// # Errors
     /// That of the last server, if none answers as it should; none of them is waited for.
     pub fn connect(urls: &[RemoteUrl], options: RemoteOptions) -> Result<(Self, Vec<u8>), RemoteError> {
+        Self::connect_to(urls, options, None, None)
+    }
+
+    /// The same, to the image with this digest and as many pages.
+    fn connect_to(
+        urls: &[RemoteUrl],
+        options: RemoteOptions,
+        digest: Option<[u8; 32]>,
+        pages: Option<u64>,
+    ) -> Result<(Self, Vec<u8>), RemoteError> {
         let mut failure = RemoteError::Closed;
         for (server, url) in urls.iter().enumerate() {
             let opening = Opening {
                 url,
                 channel: ChannelKind::Demand,
-                digest: None,
-                pages: None,
+                digest,
+                pages,
                 session: SessionId::NEW,
                 features: options.features(),
                 credentials: options.credentials.as_ref(),
@@ -180,6 +192,7 @@ impl RemoteSource {
                 .map(|_| OnceLock::new())
                 .collect(),
             closing: AtomicBool::new(false),
+            lost: Mutex::default(),
             bytes: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
@@ -274,6 +287,17 @@ impl PageSource for RemoteSource {
         true
     }
 
+    fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
+        let shared = &self.shared;
+        let options = RemoteOptions {
+            connections: 1,
+            ..shared.options.clone()
+        };
+        let (source, _) = Self::connect_to(&shared.urls, options, shared.digest, Some(shared.pages))
+            .map_err(|error| SourceError::Lost(error.into()))?;
+        Ok(Some(Arc::new(source)))
+    }
+
     fn close(&self) {
         self.shared.closing.store(true, Relaxed);
         for lane in &self.shared.lanes {
@@ -328,6 +352,10 @@ impl Shared {
             .get()
             .map(Vec::as_slice)
             .ok_or_else(|| SourceError::Lost(RemoteError::Closed.into()))
+    }
+
+    fn lost(&self) -> MutexGuard<'_, usize> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remember_session(&self, server: usize, session: SessionId) {

@@ -84,7 +84,7 @@ pub fn start(
 pub fn assert_all_present(notices: &Receiver<Notice>) {
     match notices.recv().unwrap() {
         Notice::AllPagesPresent => {}
-        Notice::Failed(error) => panic!("{error:?}"),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -4,9 +4,10 @@ use clap::Args;
 use kvm_ioctls::Cap;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
+use umem::causes::chain;
 use umem::uffd::{Features, Userfaultfd};
 
-use super::error::{CommandError, chain};
+use super::error::CommandError;
 use super::options::Size;
 use crate::kvm::{Host, Vm};
 

@@ -1,8 +1,5 @@
 //! What every command ends with: an exit code, and one chain of causes.
 
-use std::error::Error;
-use std::fmt::Write;
-
 use thiserror::Error;
 use umem::handoff::AttachError;
 use umem::image::{self, WriteError};
@@ -14,12 +11,15 @@ use umem::source::remote::RemoteError;
 use umem::uffd;
 use umem::working_set::WorkingSetError;
 
+use super::ctl::CtlError;
 use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
-use crate::kvm::{CpuModelError, HostError};
+use crate::events::EventFileError;
+use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
+use crate::snapshot::StateError;
 use crate::thread_placement::PlacementError;
 use crate::working_set::WorkingSetFileError;
 
@@ -78,6 +78,14 @@ pub(super) enum CommandError {
         /// Why.
         source: MetadataError,
     },
+    /// An image that is no snapshot that can be restored.
+    #[error("cannot restore a VM from '{path}'")]
+    Snapshot {
+        /// The image.
+        path: String,
+        /// Why.
+        source: StateError,
+    },
     /// Nothing can be laid out in RAM.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -119,6 +127,12 @@ pub(super) enum CommandError {
     /// No working set.
     #[error(transparent)]
     WorkingSet(#[from] WorkingSetFileError),
+    /// There is no place for events.
+    #[error(transparent)]
+    Events(#[from] EventFileError),
+    /// A running VM does not do what it is asked.
+    #[error(transparent)]
+    Ctl(#[from] CtlError),
     /// The log cannot be written.
     #[error("cannot open log file '{path}'")]
     LogFile {
@@ -141,20 +155,28 @@ impl CommandError {
             | Self::Vcpu(_)
             | Self::Serve(_)
             | Self::Output(_)
+            | Self::Ctl(_)
             | Self::Report(_) => exit_code::RUNTIME,
             Self::Option { .. }
             | Self::Usage(_)
             | Self::NoReport(_)
+            | Self::Events(_)
             | Self::Listen(_)
             | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
             | Self::LogFile { .. }
+            | Self::Snapshot {
+                source: StateError::NotASnapshot,
+                ..
+            }
             | Self::Layout(_)
             | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
-            Self::OpenImage(_) | Self::Metadata { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => {
-                exit_code::CORRUPT
-            }
+            Self::OpenImage(_)
+            | Self::Metadata { .. }
+            | Self::Snapshot { .. }
+            | Self::CorruptImage(_)
+            | Self::ReadImage(_) => exit_code::CORRUPT,
             Self::WriteImage(error) => write_exit_code(error),
             Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
@@ -164,21 +186,6 @@ impl CommandError {
             Self::Remote(_) | Self::Attach(_) => exit_code::SOURCE_LOST,
         }
     }
-}
-
-/// An error and all its causes in one line, outermost first, none twice.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        // An error that only passes on another has that one's message.
-        if !text.ends_with(&message) {
-            let _ = write!(text, ": {message}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn working_set_exit_code(error: &WorkingSetFileError) -> u8 {
@@ -197,6 +204,8 @@ fn machine_exit_code(error: &MachineError) -> u8 {
     match error {
         MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
         MachineError::Host(_)
+        | MachineError::Cpu(_)
+        | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
         | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
         | MachineError::Pager(StartError::Userfaultfd(
@@ -218,6 +227,9 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::Vm(_)
         | MachineError::Vcpu(_)
         | MachineError::CpuModel(_)
+        | MachineError::StateList(_)
+        | MachineError::VcpuState(_)
+        | MachineError::Chipset(_)
         | MachineError::Region(RegionError::Os { .. })
         | MachineError::Pager(_)
         | MachineError::Console(_)
@@ -265,6 +277,7 @@ fn is_path_error(error: &std::io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umem::causes::chain;
 
     #[test]
     fn a_chain_says_nothing_twice() {

@@ -5,14 +5,15 @@ use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use guest::fingerprint::Fingerprint;
-use indicatif::{ProgressBar, ProgressStyle};
 use umem::image::{Image, ImageWriter};
 use umem::publish::Existing;
 use umem::units::{PAGE_SIZE, PageIndex};
 
 use super::error::CommandError;
 use super::options::Size;
+use super::progress;
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig};
+use crate::snapshot::{self, SnapshotState};
 
 /// What there is to do with images.
 #[derive(Debug, Subcommand)]
@@ -145,7 +146,7 @@ fn write_pages(
         }
         return Ok(());
     };
-    let progress = progress_bar("filling", layout.ram().size());
+    let progress = progress::bar("filling", layout.ram().size());
     for range in layout.ram().ranges() {
         for offset in (range.offset..range.offset + range.size).step_by(PAGE_SIZE) {
             let page = PageIndex::containing(offset);
@@ -170,6 +171,9 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     let path = options.image.display().to_string();
     let image = Image::open(&options.image)?;
     let footer = image.footer();
+    if snapshot::is_snapshot(image.metadata()) {
+        return snapshot_info(options, &image);
+    }
     let metadata = ImageMetadata::decode(image.metadata()).map_err(|source| CommandError::Metadata {
         path: path.clone(),
         source,
@@ -202,9 +206,45 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     Ok(())
 }
 
+fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandError> {
+    let path = options.image.display().to_string();
+    let footer = image.footer();
+    let state = SnapshotState::decode(image.metadata(), footer.ram_size).map_err(|source| {
+        CommandError::Snapshot {
+            path: path.clone(),
+            source,
+        }
+    })?;
+    let digest = blake3::Hash::from_bytes(footer.digest).to_hex();
+    if options.json {
+        let object = serde_json::json!({
+            "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
+            "digest": digest.as_str(),
+            "snapshot": {
+                "version": state.version(), "created": state.created(), "cpus": state.cpus(),
+                "cpu_vendor": state.cpu().vendor(), "async_pf": state.async_pf(),
+            },
+        });
+        say!("{object:#}");
+        return Ok(());
+    }
+    say!("snapshot      {path}");
+    say!(
+        "RAM           {} ({} pages, {} hold something)",
+        Size(footer.ram_size),
+        image.pages(),
+        footer.data_pages
+    );
+    say!("vCPUs         {} of {}", state.cpus(), state.cpu().vendor());
+    say!("async_pf      {}", if state.async_pf() { "on" } else { "off" });
+    say!("created       {} s after 1970 began", state.created());
+    say!("digest        {digest}");
+    Ok(())
+}
+
 fn verify(path: &Path) -> Result<(), CommandError> {
     let image = Image::open(path)?;
-    let progress = progress_bar("verifying", image.footer().ram_size);
+    let progress = progress::bar("verifying", image.footer().ram_size);
     let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
     progress.finish_and_clear();
     for page in &verified.corrupt {
@@ -228,16 +268,4 @@ fn verify(path: &Path) -> Result<(), CommandError> {
         verified.data_pages
     );
     Ok(())
-}
-
-/// A bar over bytes, on a terminal; nothing elsewhere.
-fn progress_bar(what: &'static str, bytes: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template(
-        "{msg:10} {wide_bar} {bytes:>10}/{total_bytes} {binary_bytes_per_sec:>12} {eta:>4}",
-    );
-    let bar = ProgressBar::new(bytes).with_message(what);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }

@@ -8,9 +8,13 @@ macro_rules! say {
 }
 
 mod check;
+mod ctl;
 mod error;
 mod image;
+mod memory;
 mod options;
+mod oversight;
+mod progress;
 mod run;
 mod serve;
 
@@ -23,7 +27,8 @@ use clap::{Args, Parser, Subcommand};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use tracing_subscriber::EnvFilter;
 
-use error::{CommandError, chain, exit_code};
+use error::{CommandError, exit_code};
+use umem::causes::chain;
 
 /// Runs KVM virtual machines whose memory is still somewhere else.
 #[derive(Debug, Parser)]
@@ -56,6 +61,8 @@ enum Verb {
         #[command(subcommand)]
         verb: image::ImageVerb,
     },
+    /// Drive a running VM through its API socket
+    Ctl(ctl::CtlOptions),
     /// Say what this host offers, and how to get what it lacks
     Check(check::CheckOptions),
 }
@@ -92,6 +99,10 @@ pub fn main() -> ExitCode {
         Verb::Image { verb } => {
             end_when_nobody_reads();
             image::run(verb)
+        }
+        Verb::Ctl(options) => {
+            end_when_nobody_reads();
+            ctl::run(options)
         }
         Verb::Check(options) => {
             end_when_nobody_reads();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
@@ -20,8 +21,11 @@ use umem::server::Server;
 use super::error::CommandError;
 use crate::{http, signals};
 
-/// What Prometheus and others take it for.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// A request for metrics takes no time.
+const METRICS_LIMITS: http::Limits = http::Limits {
+    connections: 16,
+    longest: Some(Duration::from_mins(1)),
+};
 
 /// What `umem serve` takes.
 #[derive(Debug, Args)]
@@ -109,11 +113,15 @@ pub(super) fn run(options: &ServeOptions) -> Result<(), CommandError> {
             say!("{what} at {}", listener.address().map_err(CommandError::Serve)?);
         }
     }
-    if let Some(listener) = metrics {
+    let metrics = metrics.map(|listener| {
         let server = server.clone();
-        let metrics = move || async move { ([(CONTENT_TYPE, METRICS_TYPE)], server.metrics()) };
-        http::serve(listener, Router::new().route("/metrics", get(metrics))).map_err(CommandError::Serve)?;
-    }
+        let metrics =
+            move || async move { ([(CONTENT_TYPE, umem::metrics::CONTENT_TYPE)], server.metrics()) };
+        let router = Router::new().route("/metrics", get(metrics));
+        http::Server::start(listener, router, METRICS_LIMITS)
+    });
+    // Until the end.
+    let _metrics = metrics.transpose().map_err(CommandError::Serve)?;
     thread::scope(|scope| {
         let attached = attach.map(|listener| {
             let host = &host;

@@ -39,6 +39,8 @@ pub(super) struct Keeper {
     /// How many answers there were by then.
     answers: u64,
     connected_before: bool,
+    /// Its connection is one of those that are lost.
+    lost: bool,
 }
 
 /// A connection, as its receiving thread has it.
@@ -70,6 +72,7 @@ impl Keeper {
             trouble_since: None,
             answers: 0,
             connected_before: false,
+            lost: false,
         }
     }
 
@@ -116,6 +119,7 @@ impl Keeper {
             shared.reconnects.fetch_add(1, Relaxed);
         }
         self.connected_before = true;
+        self.note_found();
         self.first = server;
         let now = Instant::now();
         Some(Link {
@@ -159,6 +163,7 @@ impl Keeper {
             answered && matches!(&ended, Ended::Channel(error) if !matches!(error, ChannelError::Quiet));
         self.first = if same { server } else { next };
         let trouble_since = *self.trouble_since.get_or_insert(since);
+        self.note_lost(&ended);
         let error = match ended {
             Ended::Source(error) => {
                 shared.give_up(&self.lane, error);
@@ -213,6 +218,41 @@ impl Keeper {
             if self.back_off(since, server, error).is_break() {
                 return None;
             }
+        }
+    }
+
+    /// The lane has no connection any more: with the first one that has none, the source is lost.
+    fn note_lost(&mut self, why: &Ended) {
+        let why: &dyn std::error::Error = match why {
+            // It is told as a failure.
+            Ended::Source(_) => return,
+            Ended::Goodbye => &ChannelError::Closed,
+            Ended::Channel(error) => error,
+            Ended::Elsewhere(error) => error,
+        };
+        if std::mem::replace(&mut self.lost, true) {
+            return;
+        }
+        let mut lost = self.shared.lost();
+        *lost += 1;
+        if *lost == 1
+            && let Some(sink) = self.shared.sink()
+        {
+            sink.lost(why);
+        }
+    }
+
+    /// The lane has a connection: with the last one that had none, the source is back.
+    fn note_found(&mut self) {
+        if !std::mem::take(&mut self.lost) {
+            return;
+        }
+        let mut lost = self.shared.lost();
+        *lost -= 1;
+        if *lost == 0
+            && let Some(sink) = self.shared.sink()
+        {
+            sink.back();
         }
     }
 

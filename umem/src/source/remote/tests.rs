@@ -194,6 +194,7 @@ fn only_what_was_lost_is_asked_again() {
     kept.answer(kept_id, range(100, 10));
     sink.wait_for(&once(&[range(0, 10), range(20, 10), range(100, 10)]), [0, 2]);
     assert_eq!(source.stats().reconnects, 1);
+    assert_eq!(sink.seen.lock().unwrap().told, ["lost", "back"]);
     drop(source);
     // Nothing else was said on any of them.
     for channel in others.iter_mut().chain([&mut kept, &mut successor]) {

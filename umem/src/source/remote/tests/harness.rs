@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::causes::chain;
 use crate::channel::{Receiver, Sender};
 use crate::image;
 use crate::link::{Listener, Stream};
@@ -339,6 +340,8 @@ pub(super) struct Seen {
     pub(super) pages: HashMap<u64, u64>,
     pub(super) completed: HashMap<bool, u64>,
     pub(super) failed: Vec<SourceError>,
+    /// What was told of the connection.
+    pub(super) told: Vec<&'static str>,
 }
 
 impl Sink {
@@ -400,16 +403,14 @@ impl PageSink for Sink {
         self.seen.lock().unwrap().failed.push(error);
         self.changed.notify_all();
     }
-}
 
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+    fn lost(&self, _: &dyn std::error::Error) {
+        self.seen.lock().unwrap().told.push("lost");
     }
-    text
+
+    fn back(&self) {
+        self.seen.lock().unwrap().told.push("back");
+    }
 }
 
 pub(super) fn options(timeout: Duration) -> RemoteOptions {

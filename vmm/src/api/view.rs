@@ -1,0 +1,176 @@
+//! A VM as clients see it.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use serde::Serialize;
+use umem::pager::FaultClass;
+
+use crate::control::{Control, Counters};
+use crate::report::{Latency, Source, milliseconds};
+use crate::snapshot::SnapshotSummary;
+
+/// This program.
+#[derive(Debug, Serialize)]
+pub(super) struct Ping {
+    version: &'static str,
+    pid: u32,
+}
+
+impl Ping {
+    pub(super) fn new() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+        }
+    }
+}
+
+/// A VM. What is not known before it runs, or any more, is absent.
+#[derive(Debug, Serialize)]
+pub(super) struct Info {
+    state: &'static str,
+    #[serde(flatten)]
+    program: Ping,
+    uptime_ms: f64,
+    #[serde(flatten)]
+    machine: Option<Machine>,
+}
+
+#[derive(Debug, Serialize)]
+struct Machine {
+    vcpus: u32,
+    memory_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_to_first_instruction_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_to_all_pages_ms: Option<f64>,
+    pages: Pages,
+    source: Source,
+    demand_fault_us: Latency,
+    fault_classes_us: BTreeMap<&'static str, Latency>,
+}
+
+/// Pages of 4 KiB, by state and, if they are present, by how they arrived.
+#[derive(Debug, Serialize)]
+struct Pages {
+    total: u64,
+    absent: u64,
+    in_flight: u64,
+    present: u64,
+    removed: u64,
+    demand: u64,
+    prefetched: u64,
+    pushed: u64,
+    zero: u64,
+    duplicate: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resident: Option<u64>,
+}
+
+impl Info {
+    pub(super) fn new(control: &Control, started: Instant) -> Self {
+        Self {
+            state: control.state().name(),
+            program: Ping::new(),
+            uptime_ms: milliseconds(started.elapsed()),
+            machine: control.counters().map(|counters| Machine::new(counters, started)),
+        }
+    }
+}
+
+impl Machine {
+    fn new(counters: Counters, started: Instant) -> Self {
+        let since_start = |at: Instant| milliseconds(at.duration_since(started));
+        let pager = counters.pager;
+        Self {
+            vcpus: counters.vcpus,
+            memory_bytes: counters.pages * crate::address_map::PAGE_SIZE,
+            time_to_first_instruction_ms: counters.first_instruction.map(since_start),
+            time_to_all_pages_ms: pager.all_present_at.map(since_start),
+            pages: Pages {
+                total: counters.pages,
+                absent: pager.states.absent,
+                in_flight: pager.states.in_flight,
+                present: pager.states.present,
+                removed: pager.states.removed,
+                demand: pager.demand,
+                prefetched: pager.prefetched,
+                pushed: 0,
+                zero: pager.zero,
+                duplicate: pager.duplicate,
+                resident: counters.resident,
+            },
+            source: Source::new(counters.source_url, pager.source),
+            demand_fault_us: pager.faults.into(),
+            fault_classes_us: FaultClass::ALL
+                .into_iter()
+                .zip(pager.fault_classes)
+                .filter(|(_, summary)| summary.count > 0)
+                .map(|(class, summary)| (class.name(), summary.into()))
+                .collect(),
+        }
+    }
+}
+
+/// A snapshot that was made.
+#[derive(Debug, Serialize)]
+pub(super) struct Snapshot {
+    path: String,
+    pages: u64,
+    data_pages: u64,
+    absent_pages: u64,
+    digest: String,
+    paused_ms: f64,
+    took_ms: f64,
+}
+
+impl Snapshot {
+    pub(super) fn new(made: &SnapshotSummary) -> Self {
+        Self {
+            path: made.path.display().to_string(),
+            pages: made.pages,
+            data_pages: made.data_pages,
+            absent_pages: made.absent_pages,
+            digest: blake3::Hash::from_bytes(made.digest).to_hex().to_string(),
+            paused_ms: milliseconds(made.paused),
+            took_ms: milliseconds(made.took),
+        }
+    }
+}
+
+/// Everything that only grows, by what it is counted of; nothing where there is no VM.
+pub(super) fn counters(control: &Control) -> BTreeMap<&'static str, BTreeMap<&'static str, u64>> {
+    let Some(counters) = control.counters() else {
+        return BTreeMap::new();
+    };
+    let pager = counters.pager;
+    let exits = counters
+        .exits
+        .iter()
+        .map(|(reason, count)| (reason.name(), *count));
+    let faults = FaultClass::ALL.into_iter().zip(pager.fault_classes);
+    let pages = [
+        ("demand", pager.demand),
+        ("prefetched", pager.prefetched),
+        ("pushed", 0),
+        ("zero", pager.zero),
+        ("duplicate", pager.duplicate),
+    ];
+    let source = [
+        ("bytes", pager.source.bytes),
+        ("requests", pager.source.requests),
+        ("reconnects", pager.source.reconnects),
+    ];
+    BTreeMap::from([
+        ("exits", exits.collect()),
+        (
+            "faults",
+            faults
+                .map(|(class, summary)| (class.name(), summary.count))
+                .collect(),
+        ),
+        ("pages", pages.into()),
+        ("source", source.into()),
+    ])
+}

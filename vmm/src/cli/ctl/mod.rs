@@ -1,0 +1,108 @@
+//! `umem ctl`: a client of a running VM's API.
+
+mod client;
+mod text;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use self::client::Client;
+use super::answer;
+use super::error::CommandError;
+use super::options::{KeyValues, OptionError};
+
+pub(super) use self::client::CtlError;
+
+const SNAPSHOT_SYNTAX: &str = "destination_url=file:DIR,then=go-on|stop";
+
+/// What `umem ctl` takes.
+#[derive(Debug, Args)]
+pub(super) struct CtlOptions {
+    /// The socket that the VM was given with --api-socket
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    /// Print what the VM answers as it is, in JSON
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: CtlVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum CtlVerb {
+    /// What the VM does, its pages, and how long faults took so far
+    Info,
+    /// Let the guest stand still
+    Pause,
+    /// Let a paused guest run on
+    Resume,
+    /// Write the VM to a directory, to be restored from there
+    Snapshot {
+        #[arg(value_name = "KEY=VALUE,…", help = format!("Where, and what the VM does then: {SNAPSHOT_SYNTAX}"))]
+        options: String,
+    },
+    /// Everything that is counted
+    Counters,
+    /// Whether anybody answers
+    Ping,
+    /// End the VM
+    Shutdown,
+    /// What happens from now on, until the VM ends
+    Events,
+}
+
+pub(super) fn run(options: &CtlOptions) -> Result<(), CommandError> {
+    let client = Client::new(&options.api_socket)?;
+    let print = |value: &Value, text: fn(&Value) -> String| {
+        if options.json {
+            answer(&format!("{value:#}\n"))
+        } else {
+            answer(&text(value))
+        }
+    };
+    match &options.verb {
+        CtlVerb::Info => print(&client.get("/api/v1/vm.info")?, text::info),
+        CtlVerb::Counters => print(&client.get("/api/v1/vm.counters")?, text::counters),
+        CtlVerb::Ping => print(&client.get("/api/v1/vmm.ping")?, text::ping),
+        CtlVerb::Pause => print(&client.put("/api/v1/vm.pause")?, |_| "paused\n".into()),
+        CtlVerb::Resume => print(&client.put("/api/v1/vm.resume")?, |_| "running\n".into()),
+        CtlVerb::Snapshot { options } => {
+            print(&client.snapshot(&snapshot_request(options)?)?, text::snapshot)
+        }
+        CtlVerb::Shutdown => print(&client.put("/api/v1/vm.shutdown")?, |_| "stopping\n".into()),
+        CtlVerb::Events => client.events(|line| {
+            if options.json {
+                answer(line)
+            } else {
+                answer(&text::event(line))
+            }
+        }),
+    }
+}
+
+/// What is asked of the VM, whose current directory may be another one.
+fn snapshot_request(text: &str) -> Result<Value, CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: "snapshot",
+        source,
+    };
+    let given = KeyValues::parse(text, &["destination_url", "then"], SNAPSHOT_SYNTAX).map_err(wrong)?;
+    let url: Option<String> = given.get("destination_url").map_err(wrong)?;
+    let directory = url.as_deref().and_then(|url| url.strip_prefix("file:"));
+    let directory = directory.and_then(|directory| std::path::absolute(directory).ok());
+    let directory = directory
+        .as_deref()
+        .and_then(|path| path.to_str())
+        .ok_or_else(|| {
+            wrong(OptionError::Value {
+                key: "destination_url",
+                value: url.clone().unwrap_or_default(),
+                reason: "expected file:DIR".into(),
+            })
+        })?;
+    let choices = [("go-on", "go-on"), ("stop", "stop")];
+    let then = given.choose("then", &choices).map_err(wrong)?.unwrap_or("go-on");
+    Ok(json!({ "destination_url": format!("file:{directory}"), "then": then }))
+}
