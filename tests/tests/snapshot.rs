@@ -23,17 +23,19 @@ use umem::pager::{Fill, PagerOptions};
 use umem::publish::Existing;
 use umem::region::{Backing, PageSize};
 use umem::source::PageSource;
+use umem::source::delayed::{Delay, DelayedSource};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::remote::{RemoteOptions, RemoteSource};
 use umem::units::{PAGE_SIZE, PageIndex};
 use vmm::address_map::RamMap;
 use vmm::boot::ImageMetadata;
 use vmm::control::{Control, Event, VmState};
+use vmm::ending::Ending;
 use vmm::kvm::AsyncPageFaults;
 use vmm::machine::{self, Firmware, MachineConfig, Outcome, SerialLine, Start};
 use vmm::ram_source::RamSource;
 use vmm::report::Report;
-use vmm::snapshot::{FILE_NAME, SnapshotError, SnapshotOptions};
+use vmm::snapshot::{FILE_NAME, SnapshotError, SnapshotOptions, Then};
 use vmm::thread_placement::Placement;
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -224,6 +226,47 @@ fn a_snapshot_of_a_restored_guest_is_restored() {
         .verify(|_| {})
         .unwrap();
     assert!(verified.is_sound());
+}
+
+/// Tasks that wait for pages are told of them in their new home: a lost wake-up would end the guest with an error.
+#[test]
+fn tasks_that_wait_for_pages_go_on() {
+    need!(tests::host::kvm());
+    let mut random = Random::seeded();
+    let scratch = Scratch::new();
+    let image = make_image(
+        &scratch,
+        "24M",
+        "workload=tasks tasks=32 faulting=32 pages=3000 order=random seed=7",
+    );
+    for turn in 0..rounds(4) {
+        let delay = Delay {
+            min: Duration::from_micros(100),
+            max: Duration::from_millis(5),
+            seed: turn,
+        };
+        let file = FileSource::new(Image::open(&image).unwrap(), Checksums::On);
+        let source = DelayedSource::new(Arc::new(file), delay).unwrap();
+        let mut vm = Vm::start(&image, Arc::new(source), 1 + (turn % 2) as u32, Backing::Memfd);
+        vm.wait_until_it_runs();
+        let moment = random.moment(Duration::from_millis(400));
+        thread::sleep(moment);
+        let directory = scratch.path("snapshot");
+        let options = SnapshotOptions {
+            then: Then::Stop,
+            ..SnapshotOptions::new(&directory)
+        };
+        match vm.control.snapshot(&options, &mut |_| {}) {
+            Ok(summary) => println!("turn {turn}: after {moment:?}: {summary:?}"),
+            Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
+        }
+        let outcome = vm.thread.take().unwrap().join().unwrap();
+        assert!(matches!(outcome, Outcome::Ended(Ending::Stopped)), "{outcome:?}");
+        let vm = restore(&directory, &["--memory", "source-delay=100us-5ms"]).run();
+        vm.assert_code(0);
+        assert_eq!(vm.stderr, "", "{vm}");
+        vm.line("result=ok");
+    }
 }
 
 /// A snapshot of a small guest, and what is in it.

@@ -20,6 +20,7 @@ use vmm::kvm::{AsyncPageFaults, ExitReason};
 use vmm::machine::{self, Firmware, MachineConfig, Outcome, SerialLine, Start};
 use vmm::ram_source::RamSource;
 use vmm::report::Report;
+use vmm::thread_placement::Placement;
 
 const RAM: u64 = 64 << 20;
 

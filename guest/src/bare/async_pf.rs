@@ -6,6 +6,10 @@
 //! the CPU's scheduler, in ring 3 too, reads when it likes. So a token can neither be lost nor be handled in the middle of
 //! something else.
 //!
+//! Only a task at its own work is parked. What runs in between (the scheduler, the parking itself) may touch an absent page too,
+//! after the guest was restored from a snapshot even one of its code; it cannot be parked in the middle of that, so it touches
+//! the page again, and then KVM makes the CPU wait.
+//!
 //! Linux `Documentation/virt/kvm/x86/msr.rst`, `MSR_KVM_ASYNC_PF_EN` and the two after it.
 
 use core::arch::x86_64::__cpuid;
@@ -74,7 +78,8 @@ pub(super) struct Area {
     head: AtomicU32,
     tail: AtomicU32,
     ticks: AtomicU32,
-    _padding: u32,
+    /// 1 while a task is at its own work, and can be parked. Not while it is being parked, and not in the scheduler.
+    parkable: AtomicU32,
     /// The CPU's tasks, while it has any.
     pub(super) fibers: AtomicPtr<Fibers<'static>>,
     ring: [AtomicU32; RING],
@@ -90,7 +95,7 @@ static AREAS: [Area; MAX_CPUS] = [const {
         head: AtomicU32::new(0),
         tail: AtomicU32::new(0),
         ticks: AtomicU32::new(0),
-        _padding: 0,
+        parkable: AtomicU32::new(0),
         fibers: AtomicPtr::new(ptr::null_mut()),
         ring: [const { AtomicU32::new(0) }; RING],
     }
@@ -134,6 +139,9 @@ page_fault:
     testb $3, 24(%rsp)              # only in ring 3
     jz not_ours
     movl $0, {flags}(%rax)
+    cmpl $1, {parkable}(%rax)
+    jne again
+    movl $0, {parkable}(%rax)
     push %rdx
     # The task goes on in park_upcall, as if it had called it with: the token, this area.
     mov 48(%rsp), %rdx
@@ -146,6 +154,11 @@ page_fault:
     mov %rax, 16(%rdx)
     movq $park_upcall, 24(%rsp)
     pop %rdx
+    pop %rax
+    add $8, %rsp
+    iretq
+again:
+    # What cannot be parked touches the page once more, and KVM makes it wait.
     pop %rax
     add $8, %rsp
     iretq
@@ -247,6 +260,8 @@ park_upcall:
     cld
     call {park}
     mov %rbx, %rsp
+    mov 96(%rsp), %rsi
+    movl $1, {parkable}(%rsi)
     pop %rbx
     pop %r11
     pop %r10
@@ -275,6 +290,7 @@ ring0_call:
     head = const core::mem::offset_of!(Area, head),
     tail = const core::mem::offset_of!(Area, tail),
     ticks = const core::mem::offset_of!(Area, ticks),
+    parkable = const core::mem::offset_of!(Area, parkable),
     ring = const core::mem::offset_of!(Area, ring),
     ring_mask = const RING - 1,
     call_enable = const CALL_ENABLE,
@@ -319,6 +335,11 @@ impl Area {
         let token = self.ring[head as usize % RING].load(Ordering::Relaxed);
         self.head.store(head.wrapping_add(1), Ordering::Release);
         Some(token)
+    }
+
+    /// A task begins its own work, or ends it.
+    pub(super) fn set_parkable(&self, parkable: bool) {
+        self.parkable.store(parkable.into(), Ordering::SeqCst);
     }
 
     /// Ticks of the clock so far.
@@ -369,13 +390,9 @@ extern "C" fn enable_in_ring0() {
     }
 }
 
-/// Ring 3, on the stack of whoever touched a page that is not present.
+/// Ring 3, on the stack of the task that touched a page that is not present.
 extern "C" fn park(token: u64, area: &Area) {
-    let is_parked = stacks::park(area, token as u32);
-    if !is_parked {
-        // The scheduler itself, which nothing else can run in place of. It looks again, and KVM makes it wait if it must.
-        wait();
-    }
+    stacks::park(area, token as u32);
 }
 
 /// Reads a byte of each page of the guest's own code and data, so that the scheduler does not have to wait for them later.

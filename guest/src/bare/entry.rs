@@ -18,6 +18,8 @@ const CR0_PROTECTED: u64 = 1 << 4 | 1; // ET, PE
 const CR4: u64 = 1 << 5; // PAE
 const EFER: u64 = 0xc000_0080;
 const EFER_LME: u64 = 1 << 8;
+/// IOPL 3, and the bit that is always set.
+const USER_FLAGS: u64 = 3 << 12 | 1 << 1;
 
 /// The guest-physical address that the trampoline is copied to: where a startup IPI with this vector begins.
 pub(super) const TRAMPOLINE_ADDRESS: u64 = 0x8000;
@@ -140,13 +142,15 @@ long_mode:
     pop %rbx
     mov ${main}, %edx
 1:
-    # To ring 3 with interrupts off. The stack is as after a call.
+    # To ring 3 with interrupts off. The stack is as after a call. Every port is allowed twice over, by the I/O map of the task
+    # state segment and by IOPL 3: some machines show ring 3 an IOPL of 0, and QEMU's emulated CPU looks for the map only in a
+    # segment that is not busy, as KVM has it after a restore on that CPU.
     mov %esi, %edi
     mov %rbx, %rsi
     lea {ring3_top}(%rbp), %rax
     push ${user_data}
     push %rax
-    push $2
+    push ${user_flags}
     push ${user_code}
     push %rdx
     iretq
@@ -204,6 +208,7 @@ stacks:
     kernel_code = const tables::KERNEL_CODE,
     kernel_data = const tables::KERNEL_DATA,
     user_code = const tables::USER_CODE,
+    user_flags = const USER_FLAGS,
     user_data = const tables::USER_DATA,
     task_state = const tables::TASK_STATE,
     task_state_address = const tables::TASK_STATE_ADDRESS,

@@ -195,25 +195,24 @@ impl Fibers<'_> {
 extern "C" fn task_main(fibers: &Fibers<'_>, task: usize) -> ! {
     loop {
         fibers.running.store(task, Ordering::SeqCst);
+        fibers.area.set_parkable(true);
         let step = fibers.job.step(task);
+        fibers.area.set_parkable(false);
         fibers.running.store(NOBODY, Ordering::SeqCst);
         fibers.stop(task, Stopped::Turn(step));
     }
 }
 
-/// Parks the task that runs on the CPU of `area`, until the scheduler lets it go on. False: no task runs there.
-pub(super) fn park(area: &Area, token: u32) -> bool {
+/// Parks the task that runs on the CPU of `area`, until the scheduler lets it go on.
+pub(super) fn park(area: &Area, token: u32) {
     let fibers = area.fibers.load(Ordering::Acquire);
     if fibers.is_null() {
-        return false;
+        return;
     }
     // SAFETY: they are where `run` has said until it takes that back, on this CPU.
     let fibers = unsafe { &*fibers };
     match fibers.running.swap(NOBODY, Ordering::SeqCst) {
-        NOBODY => false,
-        task => {
-            fibers.stop(task, Stopped::NotPresent(token));
-            true
-        }
+        NOBODY => {}
+        task => fibers.stop(task, Stopped::NotPresent(token)),
     }
 }
