@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::{Args, Subcommand};
 use guest::fingerprint::Fingerprint;
 use indicatif::{ProgressBar, ProgressStyle};
-use umem::image::{Image, ImageWriter};
+use umem::image::{Image, ImageWriter, Layer};
 use umem::publish::Existing;
 use umem::units::{PAGE_SIZE, PageIndex};
 
@@ -21,7 +21,7 @@ pub(super) enum ImageVerb {
     Create(CreateOptions),
     /// Say what is in an image
     Info(InfoOptions),
-    /// Read every byte of an image and check it
+    /// Read every byte of an image, and of all that it is laid over, and check it
     Verify(VerifyOptions),
 }
 
@@ -176,20 +176,38 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     })?;
     let digest = blake3::Hash::from_bytes(footer.digest).to_hex();
     if options.json {
+        let layers: Vec<_> = image.layers().map(describe).collect();
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest.as_str(), "metadata": metadata,
+            "digest": digest.as_str(), "layers": layers, "metadata": metadata,
         });
         say!("{object:#}");
         return Ok(());
     }
     say!("image         {path}");
-    say!(
-        "RAM           {} ({} pages, {} hold something)",
-        Size(footer.ram_size),
-        image.pages(),
-        footer.data_pages
-    );
+    match &footer.base {
+        None => say!(
+            "RAM           {} ({} pages, {} hold something)",
+            Size(footer.ram_size),
+            image.pages(),
+            footer.data_pages
+        ),
+        Some(base) => say!(
+            "RAM           {} ({} pages, {} are not the base's, {} of them hold something)",
+            Size(footer.ram_size),
+            image.pages(),
+            base.own_pages,
+            footer.data_pages
+        ),
+    }
+    for layer in image.layers().skip(1) {
+        say!(
+            "over          {} ({} pages, digest {})",
+            layer.path().display(),
+            layer.footer().checksums(),
+            blake3::Hash::from_bytes(layer.footer().digest)
+        );
+    }
     say!("kernel        {}", metadata.kernel);
     say!(
         "entry         {:?} at {:#x}",
@@ -202,15 +220,35 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     Ok(())
 }
 
+/// A file of an image, for programs.
+fn describe(layer: &Layer) -> serde_json::Value {
+    let footer = layer.footer();
+    serde_json::json!({
+        "file": layer.path(), "own_pages": footer.checksums(), "data_pages": footer.data_pages,
+        "digest": blake3::Hash::from_bytes(footer.digest).to_hex().as_str(),
+    })
+}
+
 fn verify(path: &Path) -> Result<(), CommandError> {
     let image = Image::open(path)?;
-    let progress = progress_bar("verifying", image.footer().ram_size);
-    let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
+    let mut damaged = None;
+    // All of them, so that one hears of everything that is wrong.
+    for layer in image.layers() {
+        if let Err(error) = verify_layer(layer) {
+            damaged.get_or_insert(error);
+        }
+    }
+    damaged.map_or(Ok(()), Err)
+}
+
+fn verify_layer(layer: &Layer) -> Result<(), CommandError> {
+    let progress = progress_bar("verifying", layer.footer().ram_size);
+    let verified = layer.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
     progress.finish_and_clear();
     for page in &verified.corrupt {
         say!("page={page} offset={:#x} wrong", page.byte_offset());
     }
-    let path = path.display();
+    let path = layer.path().display();
     if verified.corrupt_count > 0 {
         return Err(CommandError::CorruptImage(format!(
             "image '{path}' is corrupt: {} of its pages do not match their checksums, the first is page {}",
@@ -224,7 +262,7 @@ fn verify(path: &Path) -> Result<(), CommandError> {
     }
     say!(
         "{path}: {} pages right, {} of them hold something",
-        image.pages(),
+        layer.footer().checksums(),
         verified.data_pages
     );
     Ok(())
