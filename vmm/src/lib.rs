@@ -5,6 +5,7 @@
 //! - [`devices`]: the fixed set of devices on the ports, and the one event loop that serves them;
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
+//! - [`dirty`]: which pages of it change;
 //! - [`machine`]: all of it put together and run;
 //! - [`ending`]: why a VM stopped;
 //! - [`report`], [`working_set`]: what a run leaves behind;
@@ -14,6 +15,7 @@ pub mod address_map;
 pub mod boot;
 pub mod cli;
 pub mod devices;
+pub mod dirty;
 pub mod ending;
 mod http;
 pub mod kvm;
