@@ -216,9 +216,37 @@ impl ImageWriter {
 
     /// Completes the image and gives it its name.
     pub fn finish(mut self, metadata: &[u8], existing: Existing) -> Result<Footer, WriteError> {
+        let footer = self.complete(metadata)?;
+        self.unnamed
+            .publish(existing)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => WriteError::Exists {
+                    path: self.path.clone(),
+                },
+                _ => WriteError::Create {
+                    path: self.path.clone(),
+                    source,
+                },
+            })?;
+        Ok(footer)
+    }
+
+    /// Completes the image and puts it, in one step, in the place of another that there may be; it is on disk then
+    /// ([`UnnamedFile::replace_durably`]).
+    pub fn finish_durably(mut self, metadata: &[u8]) -> Result<Footer, WriteError> {
+        let footer = self.complete(metadata)?;
+        let path = self.path;
+        self.unnamed
+            .replace_durably()
+            .map_err(|source| WriteError::Write { path, source })?;
+        Ok(footer)
+    }
+
+    /// Writes all that is not written yet.
+    fn complete(&mut self, metadata: &[u8]) -> Result<Footer, WriteError> {
         if metadata.len() > MAX_METADATA {
             return Err(WriteError::Metadata {
-                path: self.path,
+                path: self.path.clone(),
                 length: metadata.len(),
             });
         }
@@ -260,17 +288,6 @@ impl ImageWriter {
         footer.digest = digest.finalize().into();
         let end = [&blocks, metadata, &base_path, &footer.encode()].concat();
         self.write(&end, footer.blocks_offset())?;
-        self.unnamed
-            .publish(existing)
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => WriteError::Exists {
-                    path: self.path.clone(),
-                },
-                _ => WriteError::Create {
-                    path: self.path.clone(),
-                    source,
-                },
-            })?;
         Ok(footer)
     }
 

@@ -40,7 +40,7 @@ mod stripe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use rustix::event::EventfdFlags;
@@ -397,6 +397,29 @@ impl Pager {
             all_present_at: shared.all_present_at.get().copied(),
             source: shared.source.stats(),
         }
+    }
+
+    /// For each class of faults how many took less than each of `bounds`, as [`Histogram::counts`] has it.
+    pub fn fault_counts(&self, bounds: &[u64]) -> Vec<(FaultClass, Vec<u64>)> {
+        let counts = |class: FaultClass| (class, self.shared.latency[class as usize].counts(bounds));
+        FaultClass::ALL.into_iter().map(counts).collect()
+    }
+
+    /// The page that somebody has waited for longest, and for how long.
+    pub fn longest_wait(&self) -> Option<(PageIndex, Duration)> {
+        let waiting = self.shared.waiting();
+        let longest = waiting.iter().min_by_key(|waiting| waiting.since)?;
+        Some((longest.unit, longest.since.elapsed()))
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
+    }
+
+    /// Where its pages come from.
+    pub fn source(&self) -> Arc<dyn PageSource> {
+        Arc::clone(&self.shared.source)
     }
 
     /// The most memory that its page-state table can take, in bytes.

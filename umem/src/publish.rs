@@ -38,10 +38,7 @@ impl UnnamedFile {
                 "it exists and is no regular file",
             ));
         }
-        let directory = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let directory = directory_of(target);
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = rustix::fs::open(directory, flags, Mode::from_raw_mode(0o644))?;
         Ok(Self {
@@ -55,22 +52,57 @@ impl UnnamedFile {
         &self.file
     }
 
+    /// Gives the file its name in one step, in place of a file that has it already, and sees to it that file and name are there
+    /// after a crash of the machine too.
+    ///
+    /// Whoever is killed on the way leaves the old file or the new one, each whole. For the length of two system calls the new
+    /// one has a name of its own, with `.new` at the end; who is killed there leaves it, and the next one to come here replaces
+    /// it.
+    pub fn replace_durably(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        let mut name = self.target.clone().into_os_string();
+        name.push(".new");
+        let temporary = PathBuf::from(name);
+        remove_if_there(&temporary)?;
+        self.link_to(&temporary)?;
+        if let Err(error) = std::fs::rename(&temporary, &self.target) {
+            let _ = std::fs::remove_file(&temporary);
+            return Err(error);
+        }
+        File::open(directory_of(&self.target))?.sync_all()
+    }
+
     /// Gives the file its name.
     pub fn publish(self, existing: Existing) -> io::Result<()> {
         if existing == Existing::Replace {
             // A link cannot replace a name, so the old file goes first. Whoever is killed in between has neither, which is
             // still no half-written file.
-            match std::fs::remove_file(&self.target) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            remove_if_there(&self.target)?;
         }
+        self.link_to(&self.target)
+    }
+
+    fn link_to(&self, name: &Path) -> io::Result<()> {
         let descriptor = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        match rustix::fs::linkat(CWD, descriptor, CWD, &self.target, AtFlags::SYMLINK_FOLLOW) {
+        match rustix::fs::linkat(CWD, descriptor, CWD, name, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => Ok(()),
             Err(Errno::EXIST) => Err(io::ErrorKind::AlreadyExists.into()),
             Err(errno) => Err(errno.into()),
         }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -116,5 +148,20 @@ mod tests {
             .publish(Existing::Replace)
             .unwrap();
         assert_eq!(std::fs::read(&target).unwrap(), b"");
+    }
+
+    #[test]
+    fn one_file_takes_the_place_of_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("a");
+        for content in ["first", "second"] {
+            // Left by somebody who was killed.
+            std::fs::write(directory.path().join("a.new"), b"half").unwrap();
+            let unnamed = UnnamedFile::create(&target).unwrap();
+            unnamed.file().write_all(content.as_bytes()).unwrap();
+            unnamed.replace_durably().unwrap();
+            assert_eq!(std::fs::read_to_string(&target).unwrap(), content);
+            assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 1);
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general as sys;
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -237,35 +237,16 @@ impl Region {
     fn populated_by_scan(&self) -> io::Result<u64> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let Range { start, end } = self.all_addresses();
-        let mut found = [sys::page_region {
-            start: 0,
-            end: 0,
-            categories: 0,
-        }; 64];
+        let mut found = [NO_REGION; 64];
         let mut at = start.0;
         let mut pages = 0;
         while at < end.0 {
-            let mut scan = sys::pm_scan_arg {
-                size: size_of::<sys::pm_scan_arg>() as u64,
-                flags: 0,
-                start: at,
-                end: end.0,
-                walk_end: 0,
-                vec: found.as_mut_ptr() as u64,
-                vec_len: found.len() as u64,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: 0,
-                category_anyof_mask: u64::from(sys::PAGE_IS_PRESENT | sys::PAGE_IS_SWAPPED),
-                return_mask: u64::from(sys::PAGE_IS_PRESENT | sys::PAGE_IS_SWAPPED),
-            };
-            // SAFETY: PAGEMAP_SCAN takes this structure, and writes to `found` at most as many entries as it is told.
-            let count = unsafe { rustix::ioctl::ioctl(&pagemap, PagemapScan(&mut scan)) }?;
+            let (count, walked) = scan(&pagemap, at..end.0, &mut found)?;
             pages += found[..count]
                 .iter()
                 .map(|run| (run.end - run.start) / PAGE_SIZE as u64)
                 .sum::<u64>();
-            at = scan.walk_end;
+            at = walked;
         }
         Ok(pages)
     }
@@ -289,6 +270,68 @@ impl Region {
             offset += length as u64;
         }
         Ok(pages)
+    }
+
+    /// The first run of pages in `within` that the kernel holds in memory, or may hold. What comes before it reads zero, unless it
+    /// is still to be loaded.
+    pub fn next_populated(&self, within: PageRange) -> io::Result<Option<PageRange>> {
+        let run = match &self.memfd {
+            Some(memfd) => Self::next_data(memfd, within)?,
+            // Where the kernel does not say, all may be there.
+            None => self.next_mapped(within).unwrap_or(Some(within)),
+        };
+        Ok(run
+            .map(|run| run.from(within.start).clamp_to(within.end()))
+            .filter(|run| run.count > 0))
+    }
+
+    fn next_data(memfd: &OwnedFd, within: PageRange) -> io::Result<Option<PageRange>> {
+        let data = match rustix::fs::seek(memfd, SeekFrom::Data(within.start.byte_offset())) {
+            Ok(offset) => offset,
+            // None from here on.
+            Err(Errno::NXIO) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = rustix::fs::seek(memfd, SeekFrom::Hole(data))?;
+        let start = PageIndex::containing(data);
+        Ok(Some(PageRange::new(
+            start,
+            hole.div_ceil(PAGE_SIZE as u64) - start.0,
+        )))
+    }
+
+    fn next_mapped(&self, within: PageRange) -> io::Result<Option<PageRange>> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let Range { start, end } = self.addresses(within);
+        let mut found = [NO_REGION];
+        let (count, _) = scan(&pagemap, start.0..end.0, &mut found)?;
+        let page = |address: u64| PageIndex::containing(address - self.start as u64);
+        let run = found[..count].first();
+        Ok(run.map(|run| PageRange::new(page(run.start), page(run.end).0 - page(run.start).0)))
+    }
+
+    /// Reads `pages` into `buffer`, which is as long: pages none of which is still to be loaded, and to which nobody writes
+    /// meanwhile. Of a memfd nothing is populated by that.
+    pub fn read(&self, pages: PageRange, buffer: &mut [u8]) -> io::Result<()> {
+        let buffer = &mut buffer[..pages.bytes()];
+        if let Some(memfd) = &self.memfd {
+            let mut done = 0;
+            while done < buffer.len() {
+                let offset = pages.start.byte_offset() + done as u64;
+                match rustix::io::pread(memfd, &mut buffer[done..], offset) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(count) => done += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            return Ok(());
+        }
+        let start = self.addresses(pages).start.0 as *const u8;
+        assert!(pages.end().0 <= self.pages(), "{pages} are not in the region");
+        // SAFETY: the pages are of this region, which is mapped, and nobody writes to them; the buffer is as long.
+        unsafe { std::ptr::copy_nonoverlapping(start, buffer.as_mut_ptr(), buffer.len()) };
+        Ok(())
     }
 
     /// Asks the kernel to back `pages`, all populated and no longer registered, by huge pages again. Whether it does is its
@@ -356,6 +399,34 @@ impl Drop for Region {
         // SAFETY: the mapping was made by `new`, and who could use it holds a reference to this region.
         let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.size) };
     }
+}
+
+const NO_REGION: sys::page_region = sys::page_region {
+    start: 0,
+    end: 0,
+    categories: 0,
+};
+
+/// Finds runs of pages that are in memory or swapped out. Answers how many were found, and where the search ended.
+fn scan(pagemap: &File, within: Range<u64>, found: &mut [sys::page_region]) -> io::Result<(usize, u64)> {
+    let in_memory = u64::from(sys::PAGE_IS_PRESENT | sys::PAGE_IS_SWAPPED);
+    let mut scan = sys::pm_scan_arg {
+        size: size_of::<sys::pm_scan_arg>() as u64,
+        flags: 0,
+        start: within.start,
+        end: within.end,
+        walk_end: 0,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: found.len() as u64,
+        max_pages: 0,
+        category_inverted: 0,
+        category_mask: 0,
+        category_anyof_mask: in_memory,
+        return_mask: in_memory,
+    };
+    // SAFETY: PAGEMAP_SCAN takes this structure, and writes to `found` at most as many entries as it is told.
+    let count = unsafe { rustix::ioctl::ioctl(pagemap, PagemapScan(&mut scan)) }?;
+    Ok((count, scan.walk_end))
 }
 
 /// PAGEMAP_SCAN: takes its argument by pointer and answers how many entries it wrote.
@@ -430,5 +501,38 @@ mod tests {
         assert!(matches!(new(1 << 63), RegionError::TooLarge { .. }));
         let huge = Region::new(PAGE_SIZE as u64, Backing::Memfd, PageSize::Huge).unwrap_err();
         assert!(matches!(huge, RegionError::Size { unit: 0x20_0000, .. }));
+    }
+
+    #[test]
+    fn what_is_in_memory_is_found_and_read_and_nothing_else_is_made() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let region = Region::new(64 << 20, backing, PageSize::Small).unwrap();
+            // SAFETY: changes only how the region is backed.
+            let _ =
+                unsafe { rustix::mm::madvise(region.start().cast(), region.size, Advice::LinuxNoHugepage) };
+            for page in [3, 4, 9000] {
+                touch(&region, page);
+            }
+            let populated = region.populated().unwrap();
+            let mut found = Vec::new();
+            let mut rest = PageRange::new(PageIndex(4), region.pages() - 4);
+            while let Some(run) = region.next_populated(rest).unwrap() {
+                assert!(run.start >= rest.start && run.end() <= rest.end());
+                found.extend(run.pages().map(|page| page.0));
+                rest = rest.from(run.end());
+            }
+            // An old kernel does not say it of anonymous memory.
+            let says = backing == Backing::Memfd || region.populated_by_scan().is_ok();
+            assert!(!says || found == [4, 9000], "{backing:?}: {found:?}");
+            let mut content = [0xff; 2 * PAGE_SIZE];
+            region
+                .read(PageRange::new(PageIndex(9000), 2), &mut content)
+                .unwrap();
+            assert_eq!(content[0], 1);
+            assert!(content[1..].iter().all(|byte| *byte == 0));
+            if backing == Backing::Memfd {
+                assert_eq!(region.populated().unwrap(), populated);
+            }
+        }
     }
 }

@@ -62,6 +62,21 @@ pub const RAM_SIZE_MIN: u64 = BOOT_STRUCTURES.end;
 /// The end of the guest-physical addresses that the architecture knows (Intel SDM volume 3, 4.1.4: MAXPHYADDR is at most 52).
 const PHYSICAL_ADDRESS_END: u64 = 1 << 52;
 
+/// Whether read-only pages may be there: between RAM and 4 GiB, where nothing else is.
+pub(crate) fn may_be_read_only(address: u64, size: u64) -> bool {
+    let taken = [
+        (u64::from(IO_APIC), PAGE_SIZE),
+        (u64::from(LOCAL_APIC), PAGE_SIZE),
+        (KVM_IDENTITY_MAP.0, PAGE_SIZE),
+        (KVM_TSS.0, 3 * PAGE_SIZE),
+    ];
+    let Some(end) = address.checked_add(size) else {
+        return false;
+    };
+    let apart = |(start, size): &(u64, u64)| end <= *start || start + size <= address;
+    address >= LOW_RAM_END && end <= ROM_END && taken.iter().all(apart)
+}
+
 /// Why a size cannot be that of a VM's RAM.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum RamSizeError {

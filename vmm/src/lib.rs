@@ -7,13 +7,16 @@
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
 //! - [`dirty`]: which pages of it change;
 //! - [`machine`]: all of it put together and run;
+//! - [`control`]: a VM that runs, in the hands of other threads;
 //! - [`ending`]: why a VM stopped;
+//! - [`snapshot`]: a VM in a file;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
 pub mod address_map;
 pub mod boot;
 pub mod cli;
+pub mod control;
 pub mod devices;
 pub mod dirty;
 pub mod ending;
@@ -24,4 +27,5 @@ pub mod memory;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod snapshot;
 pub mod working_set;

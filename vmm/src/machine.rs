@@ -1,32 +1,39 @@
 //! The parts put together: a VM whose RAM is a region filled from a page source, run until it ends.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
-use rustix::process::Pid;
 use thiserror::Error;
-use umem::pager::{Notice, PagerError, PagerOptions, StartError};
+use umem::pager::{FaultClass, Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
+use umem::units::PageIndex;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ReadOnlyPages, RomError};
+use crate::control::{Control, Counters, Event};
 use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
 use crate::ending::Ending;
 use crate::kvm::{
-    AsyncPageFaultCounter, AsyncPageFaults, CpuModel, CpuModelError, Exit, Host, HostError, Vcpu, VcpuKick,
-    VcpuSetupError, Vm, VmError,
+    AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
+    CpuModelError, Host, HostError, MsrError, StateList, Vcpu, VcpuSetupError, VcpuState, VcpuStateError, Vm,
+    VmError,
 };
 use crate::memory::GuestMemory;
 use crate::ram_source::{RamSource, ServingPager};
 use crate::report::{Process, Report, milliseconds};
+use crate::snapshot::{Memory, Saved, SnapshotError, SnapshotState};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
+
+mod vcpus;
+
+pub use self::vcpus::ParkError;
+use self::vcpus::{Restore, Threads, Vcpus};
 
 /// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
 /// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
@@ -46,6 +53,29 @@ pub enum Firmware {
     None,
 }
 
+/// What is at the other end of the guest's serial line.
+#[derive(Clone, Debug)]
+pub enum SerialLine {
+    /// Standard input and output.
+    StandardStreams,
+    /// No input, and output that goes to this file.
+    File(Arc<File>),
+}
+
+/// How a VM begins.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// With its first instruction.
+    Boot {
+        /// How its kernel is entered.
+        entry: BootInfo,
+        /// What comes before that.
+        firmware: Firmware,
+    },
+    /// Where it was saved.
+    Restore(Arc<SnapshotState>),
+}
+
 /// A VM to be run.
 #[derive(Clone)]
 pub struct MachineConfig {
@@ -53,8 +83,10 @@ pub struct MachineConfig {
     pub source: RamSource,
     /// Where its RAM is.
     pub ram: RamMap,
-    /// How its kernel is entered.
-    pub entry: BootInfo,
+    /// How it begins.
+    pub start: Start,
+    /// Where its console is.
+    pub serial_line: SerialLine,
     /// What is behind its RAM.
     pub backing: Backing,
     /// In which pages its RAM is installed.
@@ -63,8 +95,6 @@ pub struct MachineConfig {
     pub pager: PagerOptions,
     /// Where a record of the pages that the guest touches goes.
     pub recording: Option<Recording>,
-    /// How it starts.
-    pub firmware: Firmware,
     /// How many vCPUs it has.
     pub cpus: u32,
     /// Whether KVM offers async page faults to it.
@@ -83,6 +113,18 @@ pub enum MachineError {
     /// KVM does not make a vCPU.
     #[error("cannot set up the vCPUs")]
     Vcpu(#[from] VcpuSetupError),
+    /// The snapshot's CPU cannot be had here.
+    #[error("the snapshot cannot be restored on this host")]
+    Cpu(#[from] CpuMismatch),
+    /// KVM does not say what the state of a vCPU is.
+    #[error("the snapshot cannot be restored on this host")]
+    StateList(#[from] MsrError),
+    /// A vCPU does not take the state that was saved.
+    #[error("the snapshot cannot be restored on this host")]
+    VcpuState(#[from] VcpuStateError),
+    /// The VM does not take the state that was saved.
+    #[error("the snapshot cannot be restored on this host")]
+    Chipset(#[from] ChipsetStateError),
     /// KVM has no CPU model to offer.
     #[error("cannot set up the vCPUs")]
     CpuModel(#[from] CpuModelError),
@@ -146,19 +188,109 @@ pub enum Outcome {
     PagerFailed(Arc<PagerError>),
 }
 
-/// What vCPU threads and the thread that waits for them share.
-struct Running {
-    stop: AtomicBool,
-    first_instruction: OnceLock<Instant>,
-    /// The threads that run vCPUs are told here.
-    threads: mpsc::Sender<Pid>,
-    stopper: Stopper,
+/// What a VM is made of once its vCPUs have threads, for those who ask something of it while it runs.
+pub(crate) struct Parts {
+    pub(crate) vcpus: Arc<Vcpus>,
+    ram: RamMap,
+    region: Arc<Region>,
+    source_url: String,
+    model: CpuModel,
+    cpus: u32,
+    bus: Arc<DeviceBus>,
+    /// `None` at the end.
+    pager: Mutex<Option<ServingPager>>,
+    vm: Arc<Vm>,
+    /// After the VM, which may look at it.
+    memory: GuestMemory,
 }
 
-/// Runs a VM until it ends; fills in `report` but for the outcome. `started` is when the program began.
-pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Result<Outcome, MachineError> {
+impl Parts {
+    fn pager(&self) -> MutexGuard<'_, Option<ServingPager>> {
+        self.pager.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn counters(&self) -> Option<Counters> {
+        let pager = self.pager().as_ref()?.stats();
+        Some(Counters {
+            source_url: self.source_url.clone(),
+            pager,
+            pages: self.region.pages(),
+            resident: self.region.populated().ok(),
+            vcpus: self.cpus,
+            exits: self.vcpus.exits(),
+            first_instruction: self.vcpus.first_instruction(),
+        })
+    }
+
+    pub(crate) fn fault_counts(&self, bounds: &[u64]) -> Option<Vec<(FaultClass, Vec<u64>)>> {
+        self.pager().as_ref()?.fault_counts(bounds)
+    }
+
+    /// The state of a VM all of whose vCPUs stand still. `patience` is how long they may take to say theirs.
+    pub(crate) fn save_state(&self, patience: Duration) -> Result<SnapshotState, SnapshotError> {
+        let list = StateList::new(&Host::open()?)?;
+        // What comes from outside meanwhile waits, so that all parts of the state are of one moment.
+        self.bus.hold_still(|devices| {
+            let vcpus = self
+                .vcpus
+                .ask(patience, move |vcpu| VcpuState::save(vcpu, &list))?
+                .into_iter()
+                .collect::<Result<_, _>>()?;
+            Ok(SnapshotState::new(Saved {
+                ram: self.ram,
+                cpu: self.model.clone(),
+                vcpus,
+                chipset: ChipsetState::save(&self.vm)?,
+                devices,
+                read_only: self.memory.read_only(),
+            }))
+        })
+    }
+
+    /// Where the pages of RAM are; `None` at the end.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        let (states, source) = self.pager().as_ref()?.pages();
+        Some(Memory {
+            region: Arc::clone(&self.region),
+            states,
+            source,
+        })
+    }
+
+    /// The page that somebody has waited for longest, and for how long, where this process knows.
+    pub(crate) fn longest_wait(&self) -> Option<(PageIndex, Duration)> {
+        self.pager().as_ref()?.longest_wait()
+    }
+
+    /// The same page, and where the guest sees it.
+    pub(crate) fn missing_page(&self) -> Option<(PageIndex, GuestAddress)> {
+        let (page, _) = self.longest_wait()?;
+        Some((page, self.ram.address_of(page.byte_offset())?))
+    }
+}
+
+/// Runs a VM until it ends, in the hands of `control`; fills in `report` but for the outcome. `started` is when the program
+/// began.
+pub fn run(
+    config: &MachineConfig,
+    control: &Control,
+    started: Instant,
+    report: &mut Report,
+) -> Result<Outcome, MachineError> {
+    let result = run_to_the_end(config, control, started, report);
+    control.stopped();
+    result
+}
+
+fn run_to_the_end(
+    config: &MachineConfig,
+    control: &Control,
+    started: Instant,
+    report: &mut Report,
+) -> Result<Outcome, MachineError> {
     // Before any thread is started: it blocks signals.
     let mut event_loop = EventLoop::new()?;
+    control.set_stopper(event_loop.stopper());
     let mut clock = SetupClock::new(started);
 
     let host = Host::open()?;
@@ -168,7 +300,7 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
     let failure = Arc::new(OnceLock::new());
-    let mut pager = start_pager(config, &region, &failure, event_loop.stopper())?;
+    let pager = start_pager(config, &region, &failure, event_loop.stopper(), control)?;
     let pages = region.pages();
     let recording = config
         .recording
@@ -185,27 +317,21 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
 
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
     vm.irqfd(&interrupt, SERIAL_IRQ)?;
-    let console = Console::on_standard_streams(interrupt)?;
-    let bus = Arc::new(DeviceBus::new(console.serial()));
+    let devices = config.saved().map(SnapshotState::devices);
+    let console = make_console(config, interrupt)?;
+    let bus = Arc::new(match devices {
+        None => DeviceBus::new(console.serial()),
+        Some(devices) => DeviceBus::restored(console.serial(), devices),
+    });
     event_loop.add(Box::new(console));
     clock.lap("devices");
 
-    let model = CpuModel::new(&host, config.cpus, config.async_pf)?;
-    // All before the first runs: an INIT for one that does not exist yet would be lost.
-    let mut vcpus = (0..config.cpus)
-        .map(|index| Vcpu::new(&vm, index, &model))
-        .collect::<Result<Vec<_>, _>>()?;
-    if config.firmware == Firmware::None {
-        vcpus[0].enter_directly(&config.entry)?;
-    }
-    let (threads, vcpu_threads) = mpsc::channel();
-    let running = Arc::new(Running {
-        stop: AtomicBool::new(false),
-        first_instruction: OnceLock::new(),
-        threads,
-        stopper: event_loop.stopper(),
-    });
-    let kicks: Vec<VcpuKick> = vcpus.iter().map(Vcpu::kick_handle).collect();
+    let vm = Arc::new(vm);
+    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
+    let restore = config
+        .saved_state()
+        .map(|saved| Restore::new(saved, &host, &vm, &bus))
+        .transpose()?;
     clock.lap("vcpus");
     tracing::info!(
         source = config.source.url(),
@@ -213,47 +339,126 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
         vcpus = config.cpus,
         "starting with no page of RAM populated"
     );
-    let (all_ended, not_started) = start_vcpus(vcpus, &bus, &running);
+    let on_first_instruction = {
+        let control = control.clone();
+        move || control.started()
+    };
+    let stopper = event_loop.stopper();
+    let (vcpus, threads, not_started) = Vcpus::start(vcpus, &bus, stopper, restore, on_first_instruction);
+    let parts = Arc::new(Parts {
+        vcpus: Arc::clone(&vcpus),
+        ram: config.ram,
+        region: Arc::clone(&region),
+        source_url: config.source.url(),
+        model,
+        cpus: config.cpus,
+        bus,
+        pager: Mutex::new(Some(pager)),
+        vm,
+        memory,
+    });
+    control.attach(&parts);
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
     let counters = match not_started {
-        None => count_async_page_faults(config, &vcpu_threads),
+        None => count_async_page_faults(config, &threads),
         Some(_) => vec![None],
     };
 
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
-    running.stop.store(true, SeqCst);
-    kicks.iter().for_each(VcpuKick::kick);
-    drop(kicks);
-    let all_stopped = all_ended.recv_timeout(VCPU_GRACE) == Err(RecvTimeoutError::Disconnected);
-    if all_stopped {
+    control.stopped();
+    vcpus.end();
+    let all_stopped = threads.end_within(VCPU_GRACE);
+    let mut pager = parts.pager().take();
+    if all_stopped && let Some(pager) = &mut pager {
         // So that the report counts every page that was loaded.
         pager.stop();
     }
+    control.detach();
 
     let recorded = recording.map_or(Ok(()), RunningRecording::finish);
 
-    report.time_to_first_instruction_ms = running
-        .first_instruction
-        .get()
+    report.time_to_first_instruction_ms = vcpus
+        .first_instruction()
         .map(|at| milliseconds(at.duration_since(started)));
     report.setup_ms = clock.laps;
-    report.set_pager(&pager.stats(), &region, started);
-    report.set_source(config.source.url(), pager.stats().source);
+    if let Some(pager) = &pager {
+        let stats = pager.stats();
+        report.set_pager(&stats, &region, started);
+        report.set_source(config.source.url(), stats.source);
+        report.process = own_memory(config, &region, pager.table_size());
+    }
     report.set_async_page_faults(&counters);
-    report.process = own_memory(config, &region, pager.table_size());
     // Gives the terminal back.
     drop(event_loop);
 
     if !all_stopped {
         // A vCPU waits for a page and still may run. Whatever it could see goes away with the process, and not before: a
         // userfaultfd that is closed under it would give it zero pages.
-        std::mem::forget((pager, memory, vm));
+        std::mem::forget((pager, parts));
     }
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    let outcome = match (ending?, failure.get()) {
+    if let (None, Some(error)) = (failure.get(), vcpus.restore_error()) {
+        return Err(error);
+    }
+    outcome(ending?, failure.get(), recorded)
+}
+
+impl MachineConfig {
+    /// What it is restored from, if it is.
+    fn saved(&self) -> Option<&SnapshotState> {
+        self.saved_state().map(Arc::as_ref)
+    }
+
+    fn saved_state(&self) -> Option<&Arc<SnapshotState>> {
+        match &self.start {
+            Start::Boot { .. } => None,
+            Start::Restore(saved) => Some(saved),
+        }
+    }
+}
+
+fn make_console(config: &MachineConfig, interrupt: EventFd) -> Result<Console, MachineError> {
+    let registers = config.saved().map(|saved| &saved.devices().serial);
+    Ok(match &config.serial_line {
+        SerialLine::StandardStreams => Console::on_standard_streams(interrupt, registers)?,
+        SerialLine::File(file) => {
+            let output = file.try_clone().map_err(MachineError::Os)?;
+            Console::open(None, output.into(), interrupt, registers)?
+        }
+    })
+}
+
+/// All vCPUs, and the CPU that they are. All before the first runs: an INIT for one that does not exist yet would be lost.
+fn make_vcpus(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(CpuModel, Vec<Vcpu>), MachineError> {
+    let here = CpuModel::new(host, config.cpus, config.async_pf)?;
+    match &config.start {
+        Start::Boot { entry, firmware } => {
+            let vcpus = (0..config.cpus).map(|index| Vcpu::new(vm, index, &here));
+            let mut vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+            if *firmware == Firmware::None {
+                vcpus[0].enter_directly(entry)?;
+            }
+            Ok((here, vcpus))
+        }
+        Start::Restore(saved) => {
+            saved.check_cpu(&here)?;
+            let states = (0..).zip(saved.vcpus());
+            let vcpus = states.map(|(index, state)| Vcpu::for_state(vm, index, saved.cpu(), state));
+            Ok((saved.cpu().clone(), vcpus.collect::<Result<_, _>>()?))
+        }
+    }
+}
+
+/// How a run ended, all in all.
+fn outcome(
+    ending: Ending,
+    failure: Option<&Arc<PagerError>>,
+    recorded: Result<(), WorkingSetFileError>,
+) -> Result<Outcome, MachineError> {
+    let outcome = match (ending, failure) {
         // Whatever else ended the VM came before the failure.
         (Ending::Stopped, Some(error)) => Outcome::PagerFailed(Arc::clone(error)),
         (ending, _) => Outcome::Ended(ending),
@@ -271,14 +476,11 @@ pub fn run(config: &MachineConfig, started: Instant, report: &mut Report) -> Res
 
 /// A counter for each vCPU, if async page faults were asked for by name: a thread that is counted is slower at every switch, which
 /// is a twentieth of the time that a vCPU waits for a page of a hot file.
-fn count_async_page_faults(
-    config: &MachineConfig,
-    threads: &mpsc::Receiver<Pid>,
-) -> Vec<Option<AsyncPageFaultCounter>> {
+fn count_async_page_faults(config: &MachineConfig, threads: &Threads) -> Vec<Option<AsyncPageFaultCounter>> {
     if config.async_pf != AsyncPageFaults::Required {
         return vec![None];
     }
-    let threads = threads.iter().take(config.cpus as usize);
+    let threads = threads.ids().take(config.cpus as usize);
     threads.map(AsyncPageFaultCounter::start).collect()
 }
 
@@ -287,11 +489,17 @@ fn start_pager(
     region: &Arc<Region>,
     failure: &Arc<OnceLock<Arc<PagerError>>>,
     stopper: Stopper,
+    control: &Control,
 ) -> Result<ServingPager, StartError> {
     let failure = Arc::clone(failure);
+    let control = control.clone();
     let observer = move |notice| match notice {
-        Notice::AllPagesPresent => tracing::info!("all pages are present"),
+        Notice::AllPagesPresent => {
+            tracing::info!("all pages are present");
+            control.tell(&Event::AllPagesPresent);
+        }
         Notice::Failed(error) => {
+            control.tell(&Event::PagerFailed(Arc::clone(&error)));
             // Told once, and before the end that it makes.
             let _ = failure.set(error);
             stopper.end(Ending::Stopped);
@@ -302,40 +510,19 @@ fn start_pager(
         .serve(Arc::clone(region), config.pager.clone(), observer)
 }
 
-/// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on.
+/// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on; or what there was of them
+/// when it was saved.
 fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomError> {
-    let description = ReadOnlyPages::description(&config.entry, config.cpus)?;
-    Ok(match &config.firmware {
+    let (entry, firmware) = match &config.start {
+        Start::Boot { entry, firmware } => (entry, firmware),
+        Start::Restore(saved) => return saved.read_only_pages(),
+    };
+    let description = ReadOnlyPages::description(entry, config.cpus)?;
+    Ok(match firmware {
         Firmware::BuiltIn => vec![ReadOnlyPages::builtin_rom()?, description],
         Firmware::File(path) => vec![ReadOnlyPages::rom_from_file(path)?, description],
         Firmware::None => vec![description],
     })
-}
-
-/// Starts a thread for each vCPU. The receiver is disconnected when the last one has ended and its vCPU is closed; if not all
-/// could be started, the VM is told to stop.
-fn start_vcpus(
-    vcpus: Vec<Vcpu>,
-    bus: &Arc<DeviceBus>,
-    running: &Arc<Running>,
-) -> (mpsc::Receiver<()>, Option<std::io::Error>) {
-    let (alive, all_ended) = mpsc::channel();
-    for mut vcpu in vcpus {
-        let (running, bus, alive) = (Arc::clone(running), Arc::clone(bus), alive.clone());
-        let stopper = running.stopper.clone();
-        let thread = thread::Builder::new()
-            .name(format!("vcpu-{}", vcpu.index()))
-            .spawn(move || {
-                run_vcpu(&mut vcpu, &bus, &running);
-                drop(vcpu);
-                drop(alive);
-            });
-        if let Err(error) = thread {
-            stopper.end(Ending::Stopped);
-            return (all_ended, Some(error));
-        }
-    }
-    (all_ended, None)
 }
 
 fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), MachineError> {
@@ -362,28 +549,6 @@ fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), Mach
         });
     }
     Ok(())
-}
-
-/// Runs a vCPU until the VM ends.
-fn run_vcpu(vcpu: &mut Vcpu, bus: &DeviceBus, running: &Running) {
-    // Before anything can fail: it is waited for.
-    let _ = running.threads.send(rustix::thread::gettid());
-    let kick = vcpu.kick_handle();
-    let _attached = match kick.attach() {
-        Ok(attached) => attached,
-        Err(error) => {
-            tracing::error!(%error, "a vCPU cannot be interrupted");
-            return running.stopper.end(Ending::Stopped);
-        }
-    };
-    if vcpu.index() == 0 {
-        let _ = running.first_instruction.set(Instant::now());
-    }
-    while !running.stop.load(SeqCst) {
-        if let Exit::Ended(ending) = vcpu.run(bus) {
-            return running.stopper.end(ending);
-        }
-    }
 }
 
 /// Resident memory of this process that is not the guest's.

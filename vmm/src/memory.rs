@@ -39,6 +39,11 @@ impl GuestMemory {
         self.map.size() / PAGE_SIZE
     }
 
+    /// The pages outside RAM.
+    pub fn read_only(&self) -> &[ReadOnlyPages] {
+        &self.read_only
+    }
+
     /// Shows it to the guest of `vm`, RAM in the first slots.
     ///
     /// # Safety

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use umem::handoff::{AttachedPager, PagerAddress};
-use umem::pager::{Notice, Pager, PagerOptions, PagerStats, StartError};
+use umem::pager::{FaultClass, Notice, Pager, PagerOptions, PagerStats, StartError};
 use umem::region::Region;
 use umem::source::PageSource;
+use umem::states::PageStates;
 use umem::units::PageIndex;
 
 /// Where RAM comes from.
@@ -94,6 +95,30 @@ impl ServingPager {
         match self {
             Self::Own(pager) => pager.stats(),
             Self::Attached(pager) => pager.stats(),
+        }
+    }
+
+    /// For each class of faults how many took how long ([`Pager::fault_counts`]); `None` where another process counts that.
+    pub(crate) fn fault_counts(&self, bounds: &[u64]) -> Option<Vec<(FaultClass, Vec<u64>)>> {
+        match self {
+            Self::Own(pager) => Some(pager.fault_counts(bounds)),
+            Self::Attached(_) => None,
+        }
+    }
+
+    /// What is known of the pages, and where those that are not there come from, if this process asks there.
+    pub(crate) fn pages(&self) -> (Arc<PageStates>, Option<Arc<dyn PageSource>>) {
+        match self {
+            Self::Own(pager) => (pager.states(), Some(pager.source())),
+            Self::Attached(pager) => (pager.states(), None),
+        }
+    }
+
+    /// The page that somebody has waited for longest, where this process knows.
+    pub(crate) fn longest_wait(&self) -> Option<(PageIndex, Duration)> {
+        match self {
+            Self::Own(pager) => pager.longest_wait(),
+            Self::Attached(_) => None,
         }
     }
 

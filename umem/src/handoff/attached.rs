@@ -207,7 +207,7 @@ struct Shared {
     timeout: Duration,
     /// Kept so that a userfaultfd is never closed while somebody may touch the memory.
     stripes: Vec<RegisteredStripe>,
-    states: PageStates,
+    states: Arc<PageStates>,
     table: OwnedFd,
     working_set: Option<File>,
     fill: FillKind,
@@ -263,7 +263,7 @@ impl AttachedPager {
             digest,
             timeout,
             stripes,
-            states,
+            states: Arc::new(states),
             table,
             working_set,
             fill,
@@ -342,6 +342,11 @@ impl AttachedPager {
             all_present_at: shared.all_present_at.get().copied(),
             source,
         }
+    }
+
+    /// What is known of its pages.
+    pub fn states(&self) -> Arc<PageStates> {
+        Arc::clone(&self.shared.states)
     }
 
     /// The most memory that its page-state table can take, in bytes.

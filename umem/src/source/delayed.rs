@@ -247,6 +247,12 @@ impl PageSource for DelayedSource {
         true
     }
 
+    /// Who reads beside the pager need not be late.
+    fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
+        let inner = &self.shared.inner;
+        Ok(Some(inner.beside()?.unwrap_or_else(|| Arc::clone(inner))))
+    }
+
     fn close(&self) {
         let mut queue = self.shared.lock();
         queue.closed = true;

@@ -6,7 +6,7 @@ pub mod remote;
 pub mod zero;
 
 use std::error::Error;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +102,12 @@ pub trait PageSource: Send + Sync {
     /// [`MAX_REQUEST_PAGES`] pages. False: this source is not asked so, but by `read`.
     fn submit(&self, _ranges: &[PageRange], _class: Class) -> bool {
         false
+    }
+
+    /// Another way to the same content, for who reads beside a pager: if it is lost, this one is not. `None`: there is no need
+    /// of another, because reads of this one fail for themselves alone.
+    fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
+        Ok(None)
     }
 
     /// Nothing more is wanted: whoever waits in `read` or `next_data` for something far away is let go with an error.

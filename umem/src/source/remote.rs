@@ -127,13 +127,23 @@ impl RemoteSource {
     /// # Errors
     /// That of the last server, if none answers as it should; none of them is waited for.
     pub fn connect(urls: &[RemoteUrl], options: RemoteOptions) -> Result<(Self, Vec<u8>), RemoteError> {
+        Self::connect_to(urls, options, None, None)
+    }
+
+    /// The same, to the image with this digest and as many pages.
+    fn connect_to(
+        urls: &[RemoteUrl],
+        options: RemoteOptions,
+        digest: Option<[u8; 32]>,
+        pages: Option<u64>,
+    ) -> Result<(Self, Vec<u8>), RemoteError> {
         let mut failure = RemoteError::Closed;
         for (server, url) in urls.iter().enumerate() {
             let opening = Opening {
                 url,
                 channel: ChannelKind::Demand,
-                digest: None,
-                pages: None,
+                digest,
+                pages,
                 session: SessionId::NEW,
                 features: options.features(),
                 credentials: options.credentials.as_ref(),
@@ -272,6 +282,17 @@ impl PageSource for RemoteSource {
     fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
         self.shared.lane(class).ask(ranges.to_vec(), Wanted::Pages(class));
         true
+    }
+
+    fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
+        let shared = &self.shared;
+        let options = RemoteOptions {
+            connections: 1,
+            ..shared.options.clone()
+        };
+        let (source, _) = Self::connect_to(&shared.urls, options, shared.digest, Some(shared.pages))
+            .map_err(|error| SourceError::Lost(error.into()))?;
+        Ok(Some(Arc::new(source)))
     }
 
     fn close(&self) {

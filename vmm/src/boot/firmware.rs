@@ -110,6 +110,11 @@ impl ReadOnlyPages {
         Self::new(BOOT_INFO, &[boot.to_page(), acpi::tables(cpus)].concat())
     }
 
+    /// Pages that were saved: whole ones, which lie over nothing else.
+    pub(crate) fn restored(guest: GuestAddress, content: &[u8]) -> Result<Self, RomError> {
+        Self::new(guest, content)
+    }
+
     /// Where the guest finds them.
     pub fn guest_address(&self) -> GuestAddress {
         self.guest
@@ -151,8 +156,8 @@ impl ReadOnlyPages {
         Ok(pages)
     }
 
-    #[cfg(test)]
-    fn content(&self) -> &[u8] {
+    /// What the guest reads there.
+    pub fn content(&self) -> &[u8] {
         // SAFETY: mapped for as long as `self`, initialised, and written by nobody.
         unsafe { std::slice::from_raw_parts(self.host.as_ptr(), self.size) }
     }

@@ -104,6 +104,17 @@ impl PageSource for LayoutSource {
         self.base.digest()
     }
 
+    fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
+        let layout = &self.layout;
+        let over = |base| -> Arc<dyn PageSource> {
+            Arc::new(Self {
+                layout: Arc::clone(layout),
+                base,
+            })
+        };
+        Ok(self.base.beside()?.map(over))
+    }
+
     fn close(&self) {
         self.base.close();
     }

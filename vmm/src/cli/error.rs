@@ -17,9 +17,10 @@ use umem::working_set::WorkingSetError;
 use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
-use crate::kvm::{CpuModelError, HostError};
+use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
+use crate::snapshot::StateError;
 use crate::working_set::WorkingSetFileError;
 
 /// Exit codes, as the manual promises them.
@@ -76,6 +77,14 @@ pub(super) enum CommandError {
         path: String,
         /// Why.
         source: MetadataError,
+    },
+    /// An image that is no snapshot that can be restored.
+    #[error("cannot restore a VM from '{path}'")]
+    Snapshot {
+        /// The image.
+        path: String,
+        /// Why.
+        source: StateError,
     },
     /// Nothing can be laid out in RAM.
     #[error(transparent)]
@@ -149,9 +158,15 @@ impl CommandError {
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
             | Self::LogFile { .. }
+            | Self::Snapshot {
+                source: StateError::NotASnapshot,
+                ..
+            }
             | Self::Layout(_) => exit_code::USAGE,
             Self::OpenImage(error) => open_exit_code(error),
-            Self::Metadata { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => exit_code::CORRUPT,
+            Self::Metadata { .. } | Self::Snapshot { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => {
+                exit_code::CORRUPT
+            }
             Self::WriteImage(error) => write_exit_code(error),
             Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
@@ -208,6 +223,8 @@ fn machine_exit_code(error: &MachineError) -> u8 {
     match error {
         MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
         MachineError::Host(_)
+        | MachineError::Cpu(_)
+        | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
         | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
         | MachineError::Pager(StartError::Userfaultfd(
@@ -228,6 +245,9 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::Vm(_)
         | MachineError::Vcpu(_)
         | MachineError::CpuModel(_)
+        | MachineError::StateList(_)
+        | MachineError::VcpuState(_)
+        | MachineError::Chipset(_)
         | MachineError::Region(RegionError::Os { .. })
         | MachineError::Pager(_)
         | MachineError::Console(_)

@@ -13,6 +13,7 @@ use umem::units::{PAGE_SIZE, PageIndex};
 use super::error::CommandError;
 use super::options::Size;
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig};
+use crate::snapshot::{self, SnapshotState};
 
 /// What there is to do with images.
 #[derive(Debug, Subcommand)]
@@ -170,6 +171,9 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     let path = options.image.display().to_string();
     let image = Image::open(&options.image)?;
     let footer = image.footer();
+    if snapshot::is_snapshot(image.metadata()) {
+        return snapshot_info(options, &image);
+    }
     let metadata = ImageMetadata::decode(image.metadata()).map_err(|source| CommandError::Metadata {
         path: path.clone(),
         source,
@@ -227,6 +231,42 @@ fn describe(layer: &Layer) -> serde_json::Value {
         "file": layer.path(), "own_pages": footer.checksums(), "data_pages": footer.data_pages,
         "digest": blake3::Hash::from_bytes(footer.digest).to_hex().as_str(),
     })
+}
+
+fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandError> {
+    let path = options.image.display().to_string();
+    let footer = image.footer();
+    let state = SnapshotState::decode(image.metadata(), footer.ram_size).map_err(|source| {
+        CommandError::Snapshot {
+            path: path.clone(),
+            source,
+        }
+    })?;
+    let digest = blake3::Hash::from_bytes(footer.digest).to_hex();
+    if options.json {
+        let object = serde_json::json!({
+            "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
+            "digest": digest.as_str(),
+            "snapshot": {
+                "version": state.version(), "created": state.created(), "cpus": state.cpus(),
+                "cpu_vendor": state.cpu().vendor(), "async_pf": state.async_pf(),
+            },
+        });
+        say!("{object:#}");
+        return Ok(());
+    }
+    say!("snapshot      {path}");
+    say!(
+        "RAM           {} ({} pages, {} hold something)",
+        Size(footer.ram_size),
+        image.pages(),
+        footer.data_pages
+    );
+    say!("vCPUs         {} of {}", state.cpus(), state.cpu().vendor());
+    say!("async_pf      {}", if state.async_pf() { "on" } else { "off" });
+    say!("created       {} s after 1970 began", state.created());
+    say!("digest        {digest}");
+    Ok(())
 }
 
 fn verify(path: &Path) -> Result<(), CommandError> {

@@ -10,6 +10,7 @@ macro_rules! say {
 mod check;
 mod error;
 mod image;
+mod memory;
 mod options;
 mod run;
 mod serve;

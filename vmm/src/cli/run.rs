@@ -6,39 +6,34 @@ use std::time::Instant;
 
 use clap::Args;
 use umem::image::Image;
-use umem::link::{Address, Credentials};
-use umem::pager::{Fill, PagerOptions};
-use umem::region::{Backing, PageSize};
+use umem::pager::PagerOptions;
+use umem::region::PageSize;
 use umem::source::delayed::{Delay, DelayedSource};
-use umem::source::file::{Checksums, FileSource};
-use umem::source::remote::{MAX_CONNECTIONS, RemoteOptions, RemoteSource, RemoteUrl};
+use umem::source::file::FileSource;
+use umem::source::remote::{RemoteSource, RemoteUrl};
 use umem::source::zero::ZeroSource;
 use umem::units::PageIndex;
 
 use super::error::{CommandError, chain, exit_code};
-use super::options::{Between, KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
+use super::memory::{MEMORY_SYNTAX, MemoryOptions, NO_TCP};
+use super::options::{KeyValues, OptionError, Seconds, Size, SourceUrl};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
+use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
-use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome};
+use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome, SerialLine, Start};
 use crate::ram_source::{PagerProcess, RamSource};
 use crate::report::{Report, ReportTarget, milliseconds};
 use crate::signals;
-use crate::working_set::{self, Recording};
+use crate::snapshot;
+use crate::working_set::Recording;
+
+mod restore;
 
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
-
-const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME]|attach:PATH[#NAME],source-timeout=30s,\
-                             connections=N,lz4=on|off,tls-dir=DIR,\
-                             backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
-                             stripes=N,checksums=on|off,source-delay=TIME|MIN-MAX,source-delay-seed=N";
-const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT), and there is none: a Unix socket is guarded by its \
-                      file's permissions and needs no TLS";
-/// More userfaultfds would serve nobody: one is enough for many vCPUs.
-const MAX_STRIPES: usize = 64;
 
 const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off";
 
@@ -57,6 +52,9 @@ pub(super) struct RunOptions {
     /// Firmware ROM that the VM starts in; 'none' enters the kernel directly [default: the built-in ROM]
     #[arg(long, value_name = "FILE|none")]
     firmware: Option<PathBuf>,
+    /// Restore a snapshot, its RAM loaded lazily: its directory or file, or where a server or pager has it (unix:, tcp:, attach:)
+    #[arg(long, value_name = "DIR|URL")]
+    snapshot: Option<String>,
     #[arg(long, value_name = "KEY=VALUE,…", help = format!("vCPUs: {CPUS_SYNTAX}"))]
     cpus: Option<String>,
     #[arg(long, value_name = "KEY=VALUE,…", help = format!("RAM and where it comes from: {MEMORY_SYNTAX}"))]
@@ -86,7 +84,9 @@ pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandE
         .map_err(CommandError::NoReport)?;
     let mut report = Report::default();
     let result = configure(options)
-        .and_then(|config| machine::run(&config, started, &mut report).map_err(CommandError::from))
+        .and_then(|config| {
+            machine::run(&config, &Control::new(), started, &mut report).map_err(CommandError::from)
+        })
         .and_then(|outcome| judge(outcome, &mut report));
     if report.outcome.is_empty() {
         report.outcome = "error";
@@ -155,16 +155,14 @@ fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
 }
 
 fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
-    let memory = MemoryOptions::parse(options.memory.as_deref())?;
-    let (cpus, async_pf) = parse_cpus(options.cpus.as_deref())?;
-    let firmware = match &options.firmware {
-        None => Firmware::BuiltIn,
-        Some(path) if path.as_os_str() == "none" => Firmware::None,
-        Some(path) => Firmware::File(path.clone()),
-    };
-    let mut guest = match open_image(&memory)? {
-        None => Guest::from_kernel(options, &memory)?,
-        Some(image) => Guest::from_image(options, &memory, image)?,
+    let mut memory = MemoryOptions::parse(options.memory.as_deref())?;
+    let cpus = CpuOptions::parse(options.cpus.as_deref())?;
+    let mut guest = match &options.snapshot {
+        Some(location) => restore::configure(options, &mut memory, &cpus, location)?,
+        None => match open_image(&memory)? {
+            None => Guest::from_kernel(options, &memory, &cpus)?,
+            Some(image) => Guest::from_image(options, &memory, &cpus, image)?,
+        },
     };
     if let Some(delay) = memory.delay {
         guest.source = make_late(guest.source, delay)?;
@@ -181,7 +179,8 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
     Ok(MachineConfig {
         source: guest.source,
         ram: guest.ram,
-        entry: guest.entry,
+        start: guest.start,
+        serial_line: SerialLine::StandardStreams,
         backing: memory.backing,
         page_size: memory.page_size,
         pager: PagerOptions {
@@ -192,9 +191,8 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
                 .map(|recording| Arc::clone(recording.touched())),
         },
         recording,
-        firmware,
-        cpus,
-        async_pf,
+        cpus: guest.cpus,
+        async_pf: guest.async_pf,
     })
 }
 
@@ -210,16 +208,44 @@ fn make_late(source: RamSource, delay: Delay) -> Result<RamSource, CommandError>
     Ok(RamSource::Source(Arc::new(delayed)))
 }
 
-/// What is in RAM, and how it is entered.
+/// What is in RAM, how it begins, and what runs it.
 struct Guest {
     source: RamSource,
     ram: RamMap,
-    entry: firmware::boot_info::BootInfo,
+    start: Start,
+    cpus: u32,
+    async_pf: AsyncPageFaults,
 }
 
 impl Guest {
+    /// One that begins with its first instruction.
+    fn booted(
+        options: &RunOptions,
+        cpus: &CpuOptions,
+        source: RamSource,
+        ram: RamMap,
+        entry: firmware::boot_info::BootInfo,
+    ) -> Self {
+        let firmware = match &options.firmware {
+            None => Firmware::BuiltIn,
+            Some(path) if path.as_os_str() == "none" => Firmware::None,
+            Some(path) => Firmware::File(path.clone()),
+        };
+        Self {
+            source,
+            ram,
+            start: Start::Boot { entry, firmware },
+            cpus: cpus.count.unwrap_or(1),
+            async_pf: cpus.async_pf.unwrap_or(AsyncPageFaults::IfThere),
+        }
+    }
+
     /// A kernel without an image is a layout over zero pages.
-    fn from_kernel(options: &RunOptions, memory: &MemoryOptions) -> Result<Self, CommandError> {
+    fn from_kernel(
+        options: &RunOptions,
+        memory: &MemoryOptions,
+        cpus: &CpuOptions,
+    ) -> Result<Self, CommandError> {
         let layout = Layout::build(&LayoutConfig {
             ram_size: memory.size.unwrap_or(DEFAULT_SIZE).0,
             kernel: options.kernel.clone().map_or(Kernel::BuiltIn, Kernel::File),
@@ -227,40 +253,38 @@ impl Guest {
             command_line: options.cmdline.clone(),
         })?;
         let (ram, entry) = (layout.ram(), layout.boot_info());
-        Ok(Self {
-            source: RamSource::Source(Arc::new(LayoutSource::new(layout, Arc::new(ZeroSource)))),
-            ram,
-            entry,
-        })
+        let source = RamSource::Source(Arc::new(LayoutSource::new(layout, Arc::new(ZeroSource))));
+        Ok(Self::booted(options, cpus, source, ram, entry))
     }
 
     /// An image has everything in it; another command line is laid over it.
     fn from_image(
         options: &RunOptions,
         memory: &MemoryOptions,
+        cpus: &CpuOptions,
         image: OpenImage,
     ) -> Result<Self, CommandError> {
+        for (given, option) in [(&options.kernel, "--kernel"), (&options.initramfs, "--initramfs")] {
+            if given.is_some() {
+                return Err(CommandError::Usage(format!(
+                    "{option} and --memory source={} exclude each other: the image has its kernel in it (see 'umem image create')",
+                    image.name
+                )));
+            }
+        }
+        if snapshot::is_snapshot(&image.metadata) {
+            return Err(CommandError::Usage(format!(
+                "'{}' is a snapshot, not an image to be booted: restore it with --snapshot",
+                image.name
+            )));
+        }
+        image.check_size(memory)?;
         let OpenImage {
             name,
             source,
             size,
             metadata,
         } = image;
-        for (given, option) in [(&options.kernel, "--kernel"), (&options.initramfs, "--initramfs")] {
-            if given.is_some() {
-                return Err(CommandError::Usage(format!(
-                    "{option} and --memory source={name} exclude each other: the image has its kernel in it (see 'umem image create')"
-                )));
-            }
-        }
-        if let Some(asked) = memory.size
-            && asked.0 != size
-        {
-            return Err(CommandError::Usage(format!(
-                "--memory size={asked} is not the size of image '{name}', which is {}: leave size away",
-                Size(size)
-            )));
-        }
         let metadata = ImageMetadata::decode(&metadata)
             .map_err(|source| CommandError::Metadata { path: name, source })?;
         let entry = metadata.entry.into();
@@ -273,7 +297,7 @@ impl Guest {
                 lay_over(source, layout, memory)?
             }
         };
-        Ok(Self { source, ram, entry })
+        Ok(Self::booted(options, cpus, source, ram, entry))
     }
 }
 
@@ -307,6 +331,20 @@ struct OpenImage {
     source: RamSource,
     size: u64,
     metadata: Vec<u8>,
+}
+
+impl OpenImage {
+    /// Refuses another size of RAM than the image's.
+    fn check_size(&self, memory: &MemoryOptions) -> Result<(), CommandError> {
+        match memory.size {
+            Some(asked) if asked.0 != self.size => Err(CommandError::Usage(format!(
+                "--memory size={asked} is not the size of image '{}', which is {}: leave size away",
+                self.name,
+                Size(self.size)
+            ))),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Opens what `--memory source=` names; `None`: RAM begins as zero.
@@ -376,225 +414,36 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
     }
 }
 
-/// `--memory`.
-struct MemoryOptions {
-    size: Option<Size>,
-    /// Tried in turn.
-    sources: Vec<SourceUrl>,
-    /// How long a lost page server is looked for.
-    source_timeout: Seconds,
-    /// Connections for what is loaded while nobody waits.
-    connections: usize,
-    lz4: bool,
-    /// The certificates for TLS.
-    tls_directory: Option<PathBuf>,
-    backing: Backing,
-    page_size: PageSize,
-    fill: FillPolicy,
-    working_set: Option<PathBuf>,
-    /// Userfaultfds that RAM is divided among.
-    stripes: usize,
-    checksums: Checksums,
-    /// For experiments: how late pages come.
-    delay: Option<Delay>,
-}
-
-/// `fill=`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FillPolicy {
-    Off,
-    Sequential,
-    NearFaults,
-    Recorded,
-}
-
-impl MemoryOptions {
-    fn parse(text: Option<&str>) -> Result<Self, CommandError> {
-        Self::parse_keys(text).map_err(|source| CommandError::Option {
-            option: "--memory",
-            source,
-        })
-    }
-
-    fn parse_keys(text: Option<&str>) -> Result<Self, OptionError> {
-        let mut options = Self {
-            size: None,
-            sources: Vec::new(),
-            source_timeout: Seconds(RemoteOptions::default().timeout),
-            connections: RemoteOptions::default().connections,
-            lz4: RemoteOptions::default().lz4,
-            tls_directory: None,
-            backing: Backing::Memfd,
-            page_size: PageSize::Small,
-            fill: FillPolicy::Off,
-            working_set: None,
-            stripes: 1,
-            checksums: Checksums::On,
-            delay: None,
-        };
-        let Some(text) = text else { return Ok(options) };
-        let keys = [
-            "size",
-            "source",
-            "source-timeout",
-            "connections",
-            "lz4",
-            "tls-dir",
-            "backing",
-            "hugepages",
-            "fill",
-            "working-set",
-            "stripes",
-            "checksums",
-            "source-delay",
-            "source-delay-seed",
-        ];
-        let given = KeyValues::parse_repeating(text, &keys, &["source"], MEMORY_SYNTAX)?;
-        options.size = given.get("size")?;
-        options.sources = given.get_all("source")?;
-        options.source_timeout = given.get("source-timeout")?.unwrap_or(options.source_timeout);
-        let connections = given.get_in("connections", 1..=MAX_CONNECTIONS)?;
-        options.connections = connections.unwrap_or(options.connections);
-        options.lz4 = given.choose("lz4", &SWITCH)?.unwrap_or(options.lz4);
-        options.tls_directory = given.get("tls-dir")?;
-        let backings = [("memfd", Backing::Memfd), ("anonymous", Backing::Anonymous)];
-        options.backing = given.choose("backing", &backings)?.unwrap_or(options.backing);
-        let huge = given.choose("hugepages", &SWITCH)?.unwrap_or(false);
-        options.page_size = if huge { PageSize::Huge } else { PageSize::Small };
-        let fills = [
-            ("off", FillPolicy::Off),
-            ("sequential", FillPolicy::Sequential),
-            ("near-faults", FillPolicy::NearFaults),
-            ("recorded", FillPolicy::Recorded),
-        ];
-        options.working_set = given.get("working-set")?;
-        let implied = options.working_set.as_ref().map(|_| FillPolicy::Recorded);
-        options.fill = given.choose("fill", &fills)?.or(implied).unwrap_or(options.fill);
-        options.stripes = given
-            .get_in("stripes", 1..=MAX_STRIPES)?
-            .unwrap_or(options.stripes);
-        let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
-        options.checksums = if check { Checksums::On } else { Checksums::Off };
-        let seed: Option<u64> = given.get("source-delay-seed")?;
-        let delay = given.get("source-delay")?;
-        if let (Some(seed), None) = (seed, &delay) {
-            return Err(OptionError::Value {
-                key: "source-delay-seed",
-                value: seed.to_string(),
-                reason: "it is for source-delay, and there is none".into(),
-            });
-        }
-        options.delay = delay.map(|Between { min, max }| Delay {
-            min,
-            max,
-            seed: seed.unwrap_or(0),
-        });
-        Ok(options)
-    }
-
-    /// How the page servers at `urls` are used.
-    fn remote_options(&self, urls: &[RemoteUrl]) -> Result<RemoteOptions, CommandError> {
-        let tcp = urls.iter().any(|url| matches!(url.address, Address::Tcp(_)));
-        let credentials = match &self.tls_directory {
-            Some(_) if !tcp => return Err(CommandError::Usage(NO_TCP.into())),
-            Some(directory) => Some(Credentials::load(directory)?),
-            None => None,
-        };
-        Ok(RemoteOptions {
-            timeout: self.source_timeout.0,
-            connections: self.connections,
-            lz4: self.lz4,
-            credentials,
-        })
-    }
-}
-
-impl MemoryOptions {
-    /// The fill of RAM from `source`.
-    fn fill(&self, digest: Option<[u8; 32]>, ram: RamMap) -> Result<Fill, CommandError> {
-        Ok(match (self.fill, &self.working_set) {
-            (FillPolicy::Recorded, Some(path)) => {
-                Fill::Recorded(Arc::new(working_set::load(path, digest, ram.size() / PAGE_SIZE)?))
-            }
-            (FillPolicy::Recorded, None) => {
-                let text = "--memory fill=recorded needs working-set=FILE, which --record-working-set makes";
-                return Err(CommandError::Usage(text.into()));
-            }
-            (_, Some(_)) => {
-                let text = "--memory working-set=FILE is for fill=recorded, and another fill was asked for";
-                return Err(CommandError::Usage(text.into()));
-            }
-            (FillPolicy::Off, None) => Fill::Off,
-            (FillPolicy::Sequential, None) => Fill::Sequential,
-            (FillPolicy::NearFaults, None) => Fill::NearFaults,
-        })
-    }
-
-    /// Refuses what would make the record of a working set wrong.
-    fn check_recordable(&self, source: &RamSource) -> Result<(), CommandError> {
-        let reason = if source.digest().is_none() {
-            "needs an image (--memory source=…), whose pages they are"
-        } else if matches!(source, RamSource::Pager(_)) {
-            "needs a source that this process asks: the pager in another process sees what is touched"
-        } else if self.fill != FillPolicy::Off {
-            "needs fill=off: what a fill has loaded, nobody sees being touched"
-        } else if self.page_size == PageSize::Huge {
-            "needs hugepages=off: of a huge page nobody sees which part was touched"
-        } else {
-            return Ok(());
-        };
-        Err(CommandError::Usage(format!("--record-working-set {reason}")))
-    }
-}
-
 /// `--cpus`: how many, and whether they get async page faults.
-fn parse_cpus(text: Option<&str>) -> Result<(u32, AsyncPageFaults), CommandError> {
-    let wrong = |source| CommandError::Option {
-        option: "--cpus",
-        source,
-    };
-    let default = AsyncPageFaults::IfThere;
-    let Some(text) = text else {
-        return Ok((1, default));
-    };
-    let given = KeyValues::parse(text, &["boot", "async_pf"], CPUS_SYNTAX).map_err(wrong)?;
-    let count = given.get("boot").map_err(wrong)?.unwrap_or(1);
-    if count == 0 {
-        let reason = "a VM needs at least one vCPU".into();
-        return Err(wrong(OptionError::Value {
-            key: "boot",
-            value: "0".into(),
-            reason,
-        }));
-    }
-    let choices = [("on", AsyncPageFaults::Required), ("off", AsyncPageFaults::Off)];
-    let async_pf = given.choose("async_pf", &choices).map_err(wrong)?;
-    Ok((count, async_pf.unwrap_or(default)))
+struct CpuOptions {
+    count: Option<u32>,
+    async_pf: Option<AsyncPageFaults>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn fill(options: &str) -> Fill {
-        let memory = MemoryOptions::parse(Some(options)).unwrap();
-        memory.fill(None, RamMap::new(16 << 20).unwrap()).unwrap()
-    }
-
-    #[test]
-    fn each_word_is_the_fill_that_it_names() {
-        assert!(matches!(fill("size=16M"), Fill::Off));
-        assert!(matches!(fill("fill=off"), Fill::Off));
-        assert!(matches!(fill("fill=sequential"), Fill::Sequential));
-        assert!(matches!(fill("fill=near-faults"), Fill::NearFaults));
-    }
-
-    #[test]
-    fn numbers_reach_what_they_are_for() {
-        let memory = MemoryOptions::parse(Some("stripes=3,connections=4,lz4=on,source-timeout=2s")).unwrap();
-        assert_eq!(memory.stripes, 3);
-        let remote = memory.remote_options(&[]).unwrap();
-        assert_eq!((remote.connections, remote.lz4), (4, true));
-        assert_eq!(remote.timeout, std::time::Duration::from_secs(2));
+impl CpuOptions {
+    fn parse(text: Option<&str>) -> Result<Self, CommandError> {
+        let wrong = |source| CommandError::Option {
+            option: "--cpus",
+            source,
+        };
+        let Some(text) = text else {
+            return Ok(Self {
+                count: None,
+                async_pf: None,
+            });
+        };
+        let given = KeyValues::parse(text, &["boot", "async_pf"], CPUS_SYNTAX).map_err(wrong)?;
+        let count = given.get("boot").map_err(wrong)?;
+        if count == Some(0) {
+            let reason = "a VM needs at least one vCPU".into();
+            return Err(wrong(OptionError::Value {
+                key: "boot",
+                value: "0".into(),
+                reason,
+            }));
+        }
+        let choices = [("on", AsyncPageFaults::Required), ("off", AsyncPageFaults::Off)];
+        let async_pf = given.choose("async_pf", &choices).map_err(wrong)?;
+        Ok(Self { count, async_pf })
     }
 }

@@ -5,13 +5,23 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     exit_port,
     power::SleepControl,
     reset::{KeyboardController, ResetControl},
-    serial::{self, SerialPort},
+    serial::{self, SerialPort, SerialRegisters},
 };
 use crate::{ending::Ending, kvm::Bus};
+
+/// The state of the devices; those that are not in it have none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceState {
+    pub(crate) serial: SerialRegisters,
+    reset_control: u8,
+}
 
 /// The devices on the ports.
 #[derive(Debug)]
@@ -27,6 +37,29 @@ impl DeviceBus {
             serial,
             reset: ResetControl::default(),
         }
+    }
+
+    /// The same with the state that devices had. The serial port has its own already.
+    pub fn restored(serial: Arc<SerialPort>, state: &DeviceState) -> Self {
+        Self {
+            serial,
+            reset: ResetControl::restored(state.reset_control),
+        }
+    }
+
+    /// Does `work` with the devices' state, which does not change meanwhile: no vCPU runs, and nothing comes from outside.
+    pub fn hold_still<T>(&self, work: impl FnOnce(DeviceState) -> T) -> T {
+        self.serial.hold_still(|serial| {
+            work(DeviceState {
+                serial,
+                reset_control: self.reset.read(),
+            })
+        })
+    }
+
+    /// To be called when the interrupt controllers have their state: raises what devices have to raise.
+    pub fn repeat_interrupts(&self) {
+        self.serial.repeat_interrupt();
     }
 
     fn write(&self, port: u16, data: &[u8]) -> Option<Ending> {

@@ -18,7 +18,7 @@ use vmm_sys_util::{errno, eventfd::EventFd};
 use super::{
     input::{Input, Read},
     output::Output,
-    serial::SerialPort,
+    serial::{SerialPort, SerialRegisters},
     tick::Tick,
 };
 
@@ -56,7 +56,12 @@ pub struct Console {
 
 impl Console {
     /// Puts standard input and output at the other end of a serial port that raises `interrupt`.
-    pub fn on_standard_streams(interrupt: EventFd) -> Result<Self, ConsoleError> {
+    ///
+    /// The port has these registers, or those after reset.
+    pub fn on_standard_streams(
+        interrupt: EventFd,
+        registers: Option<&SerialRegisters>,
+    ) -> Result<Self, ConsoleError> {
         let input = io::stdin()
             .as_fd()
             .try_clone_to_owned()
@@ -65,23 +70,35 @@ impl Console {
             .as_fd()
             .try_clone_to_owned()
             .map_err(|error| ConsoleError::Standard("output", error))?;
-        Self::new(Some(input), output, interrupt)
+        Self::open(Some(input), output, interrupt, registers)
     }
 
-    /// The same with other streams.
+    /// The same with other streams, and a port as after reset.
     pub fn new(input: Option<OwnedFd>, output: OwnedFd, interrupt: EventFd) -> Result<Self, ConsoleError> {
+        Self::open(input, output, interrupt, None)
+    }
+
+    /// The same with other streams and these registers.
+    pub(crate) fn open(
+        input: Option<OwnedFd>,
+        output: OwnedFd,
+        interrupt: EventFd,
+        registers: Option<&SerialRegisters>,
+    ) -> Result<Self, ConsoleError> {
         let drained = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ConsoleError::Event)?;
         let tick = Arc::new(Tick::new().map_err(ConsoleError::Timer)?);
         let input = match input {
             Some(input) => Input::open(input).map_err(ConsoleError::Terminal)?,
             None => None,
         };
+        let serial = SerialPort::new(
+            interrupt,
+            drained.try_clone().map_err(ConsoleError::Event)?,
+            Output::new(output, Arc::clone(&tick)),
+            registers,
+        );
         Ok(Self {
-            serial: Arc::new(SerialPort::new(
-                interrupt,
-                drained.try_clone().map_err(ConsoleError::Event)?,
-                Output::new(output, Arc::clone(&tick)),
-            )),
+            serial: Arc::new(serial.map_err(ConsoleError::Event)?),
             input,
             pending: Vec::with_capacity(CHUNK),
             drained,

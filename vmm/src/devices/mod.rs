@@ -12,9 +12,9 @@ mod serial;
 mod terminal;
 mod tick;
 
-pub use bus::DeviceBus;
+pub use bus::{DeviceBus, DeviceState};
 pub use console::{Console, ConsoleError};
 pub use event_loop::{EventLoop, EventLoopError, Stopper};
 pub use power::SleepControl;
 pub use reset::ResetControl;
-pub use serial::{SERIAL_IRQ, SERIAL_PORTS, SerialPort};
+pub use serial::{SERIAL_IRQ, SERIAL_PORTS, SerialPort, SerialRegisters};

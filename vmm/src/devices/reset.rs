@@ -51,6 +51,13 @@ impl ResetControl {
     pub const RESET: u8 = 1 << 1 | Self::RESET_CPU;
     const RESET_CPU: u8 = 1 << 2;
 
+    /// The register as it was.
+    pub(super) fn restored(value: u8) -> Self {
+        Self {
+            value: AtomicU8::new(value & !Self::RESET_CPU),
+        }
+    }
+
     pub(super) fn read(&self) -> u8 {
         self.value.load(Ordering::Relaxed)
     }

@@ -6,9 +6,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError, TryLockError},
 };
 
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 use vm_superio::{
-    Serial, Trigger,
+    Serial, SerialState, Trigger,
     serial::{Error, SerialEvents},
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -32,19 +33,115 @@ pub struct SerialPort {
 
 type Uart = Serial<Interrupt, Drained, Output>;
 
+/// The port's registers and what is in its FIFO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialRegisters {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl SerialRegisters {
+    /// Interrupt enable, bit 0: input has come; identification, bit 2: that it has. The same for 'can send': bits 1 and 1.
+    const INPUT: (u8, u8) = (1 << 0, 1 << 2);
+    const SENT: (u8, u8) = (1 << 1, 1 << 1);
+
+    /// Whether it can be what the port had.
+    pub(crate) fn is_possible(&self) -> bool {
+        self.input.len() <= FIFO_SIZE
+    }
+
+    fn interrupts(&self) -> bool {
+        [Self::INPUT, Self::SENT]
+            .into_iter()
+            .any(|(enabled, identified)| {
+                self.interrupt_enable & enabled != 0 && self.interrupt_identification & identified != 0
+            })
+    }
+}
+
+impl From<SerialState> for SerialRegisters {
+    fn from(state: SerialState) -> Self {
+        Self {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialRegisters> for SerialState {
+    fn from(registers: &SerialRegisters) -> Self {
+        Self {
+            baud_divisor_low: registers.divisor[0],
+            baud_divisor_high: registers.divisor[1],
+            interrupt_enable: registers.interrupt_enable,
+            interrupt_identification: registers.interrupt_identification,
+            line_control: registers.line_control,
+            line_status: registers.line_status,
+            modem_control: registers.modem_control,
+            modem_status: registers.modem_status,
+            scratch: registers.scratch,
+            in_buffer: registers.input.clone(),
+        }
+    }
+}
+
+/// What the FIFO holds.
+const FIFO_SIZE: usize = 64;
+
 /// The port cannot take input at the moment; ask again a little later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Busy;
 
 impl SerialPort {
-    /// A port that raises `interrupt`, writes `drained` whenever the guest has read all input, and sends to `output`.
-    pub(super) fn new(interrupt: EventFd, drained: EventFd, output: Output) -> Self {
-        Self {
-            uart: Mutex::new(Serial::with_events(
-                Interrupt(interrupt),
-                Drained(drained),
-                output,
-            )),
+    /// A port that raises `interrupt`, writes `drained` whenever the guest has read all input, and sends to `output`. It begins
+    /// as after reset, or with these registers.
+    pub(super) fn new(
+        interrupt: EventFd,
+        drained: EventFd,
+        output: Output,
+        registers: Option<&SerialRegisters>,
+    ) -> io::Result<Self> {
+        let state = registers.map_or_else(SerialState::default, SerialState::from);
+        let uart = Serial::from_state(&state, Interrupt(interrupt), Drained(drained), output);
+        let uart = uart.map_err(|error| match error {
+            Error::Trigger(error) | Error::IOError(error) => error,
+            Error::FullFifo => io::ErrorKind::InvalidInput.into(),
+        })?;
+        Ok(Self {
+            uart: Mutex::new(uart),
+        })
+    }
+
+    /// Does `work` with its registers, which do not change meanwhile: no input comes and no interrupt is raised.
+    pub(super) fn hold_still<T>(&self, work: impl FnOnce(SerialRegisters) -> T) -> T {
+        let uart = self.lock();
+        work(uart.state().into())
+    }
+
+    /// Raises its interrupt once more if it has one to raise: the first may have been on its way to the interrupt controller
+    /// while that was saved. One too many does no harm.
+    pub(super) fn repeat_interrupt(&self) {
+        let uart = self.lock();
+        let registers = SerialRegisters::from(uart.state());
+        if registers.interrupts()
+            && let Err(error) = uart.interrupt_evt().trigger()
+        {
+            warn!(%error, "serial port: no interrupt");
         }
     }
 

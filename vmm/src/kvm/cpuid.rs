@@ -5,6 +5,7 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Cap;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::errno;
 
@@ -67,10 +68,49 @@ pub enum AsyncPageFaults {
     Required,
 }
 
-/// The CPU that all vCPUs of a VM are.
-#[derive(Clone, Debug)]
+/// The CPU that all vCPUs of a VM are. It is stored as a list of leaves: function, index, flags, EAX, EBX, ECX, EDX.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "Vec<[u32; 7]>", try_from = "Vec<[u32; 7]>")]
 pub struct CpuModel {
     leaves: Leaves,
+}
+
+impl From<CpuModel> for Vec<[u32; 7]> {
+    fn from(model: CpuModel) -> Self {
+        let leaves = model.leaves.0.into_iter();
+        leaves
+            .map(|leaf| {
+                let registers = [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
+                let [eax, ebx, ecx, edx] = registers;
+                [leaf.function, leaf.index, leaf.flags, eax, ebx, ecx, edx]
+            })
+            .collect()
+    }
+}
+
+impl TryFrom<Vec<[u32; 7]>> for CpuModel {
+    type Error = CpuModelError;
+
+    fn try_from(leaves: Vec<[u32; 7]>) -> Result<Self, CpuModelError> {
+        if leaves.len() > KVM_MAX_CPUID_ENTRIES {
+            return Err(CpuModelError::TooManyLeaves(leaves.len()));
+        }
+        let leaves = leaves
+            .into_iter()
+            .map(|[function, index, flags, eax, ebx, ecx, edx]| kvm_cpuid_entry2 {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                ..Default::default()
+            });
+        Ok(Self {
+            leaves: Leaves(leaves.collect()),
+        })
+    }
 }
 
 impl CpuModel {
@@ -90,6 +130,24 @@ impl CpuModel {
         Ok(Self { leaves })
     }
 
+    /// Whether the guest is told of KVM's asynchronous page faults.
+    pub fn has_async_page_faults(&self) -> bool {
+        let features = self.leaf(LEAF_KVM_FEATURES, 0).map_or(0, |leaf| leaf.eax);
+        features & ASYNC_PAGE_FAULTS_BY_INTERRUPT == ASYNC_PAGE_FAULTS_BY_INTERRUPT
+    }
+
+    pub(super) fn leaf(&self, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
+        let mut leaves = self.leaves.0.iter();
+        leaves.find(|leaf| leaf.function == function && leaf.index == index)
+    }
+
+    #[cfg(test)]
+    pub(super) fn change(&mut self, function: u32, index: u32, change: impl FnOnce(&mut kvm_cpuid_entry2)) {
+        let leaves = self.leaves.0.iter_mut();
+        let mut found = leaves.filter(|leaf| leaf.function == function && leaf.index == index);
+        change(found.next().unwrap());
+    }
+
     /// CPUID of the vCPU with this index, which is its APIC ID, and this time stamp counter frequency, if known.
     pub fn for_vcpu(&self, index: u32, tsc_khz: Option<u32>) -> Result<CpuId, CpuModelError> {
         let mut leaves = self.leaves.clone();
@@ -102,7 +160,7 @@ impl CpuModel {
 }
 
 /// A list of leaves under change.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Leaves(Vec<kvm_cpuid_entry2>);
 
 impl Leaves {

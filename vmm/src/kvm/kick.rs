@@ -98,6 +98,11 @@ impl VcpuKick {
         }
     }
 
+    /// To be called by the vCPU's thread: the next `KVM_RUN` completes what is pending and returns without entering the guest.
+    pub(super) fn hold_back(&self) {
+        self.shared.page.immediate_exit().store(1, Ordering::SeqCst);
+    }
+
     /// To be called by the vCPU's thread after `KVM_RUN` was interrupted, before it looks at requests.
     pub(super) fn acknowledge(&self) {
         self.shared.page.immediate_exit().swap(0, Ordering::SeqCst);

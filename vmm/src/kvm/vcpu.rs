@@ -1,5 +1,7 @@
 //! A vCPU: its first state, and running it.
 
+use std::sync::Arc;
+
 use firmware::boot_info::{BootInfo, Protocol};
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -10,7 +12,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
-use super::{CpuModel, CpuModelError, KickError, VcpuKick, Vm};
+use super::{CpuModel, CpuModelError, ExitCounts, ExitReason, KickError, VcpuKick, VcpuState, Vm};
 use crate::ending::Ending;
 
 /// Where a vCPU's accesses to ports, and to guest-physical addresses without memory, end up.
@@ -159,18 +161,39 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u32,
     kick: VcpuKick,
+    exits: Arc<ExitCounts>,
 }
 
 impl Vcpu {
     /// Creates a vCPU in the state of a processor after reset (Intel SDM volume 3, 11.1): the first one, index 0, starts at
     /// the reset vector, the others wait for INIT and SIPI.
     pub fn new(vm: &Vm, index: u32, model: &CpuModel) -> Result<Self, VcpuSetupError> {
+        // KVM does not know it where the host's TSC is unstable. The guest then has to measure.
+        let frequency = |fd: &VcpuFd| fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        Self::create(vm, index, model, frequency)
+    }
+
+    /// The same for a state that is to be restored: its CPUID says the frequency of the time stamp counter as it did before.
+    pub fn for_state(
+        vm: &Vm,
+        index: u32,
+        model: &CpuModel,
+        state: &VcpuState,
+    ) -> Result<Self, VcpuSetupError> {
+        Self::create(vm, index, model, |_| state.tsc_khz())
+    }
+
+    fn create(
+        vm: &Vm,
+        index: u32,
+        model: &CpuModel,
+        tsc_khz: impl FnOnce(&VcpuFd) -> Option<u32>,
+    ) -> Result<Self, VcpuSetupError> {
         let fd = vm
             .fd()
             .create_vcpu(u64::from(index))
             .map_err(|source| VcpuSetupError::Create { index, source })?;
-        // KVM does not know it where the host's TSC is unstable. The guest then has to measure.
-        let tsc_khz = fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        let tsc_khz = tsc_khz(&fd);
         let cpuid = model
             .for_vcpu(index, tsc_khz)
             .map_err(|source| VcpuSetupError::CpuModel { index, source })?;
@@ -185,7 +208,12 @@ impl Vcpu {
             source,
         })?;
         let kick = VcpuKick::new(&fd).map_err(|source| VcpuSetupError::Kick { index, source })?;
-        Ok(Self { fd, index, kick })
+        Ok(Self {
+            fd,
+            index,
+            kick,
+            exits: Arc::default(),
+        })
     }
 
     /// Which vCPU of its VM it is.
@@ -196,6 +224,11 @@ impl Vcpu {
     /// What makes it return.
     pub fn kick_handle(&self) -> VcpuKick {
         self.kick.clone()
+    }
+
+    /// How often it left the guest.
+    pub fn exits(&self) -> Arc<ExitCounts> {
+        Arc::clone(&self.exits)
     }
 
     /// The vCPU itself, for what [`Vcpu`] has no word for.
@@ -223,21 +256,29 @@ impl Vcpu {
 
     /// Runs the guest until it needs something from outside, and does that.
     pub fn run(&mut self, bus: &dyn Bus) -> Exit {
+        let exits = &self.exits;
         let ending = match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
+                exits.count(ExitReason::PortRead);
                 for access in data.chunks_mut(self.kick.port_access_size().max(1)) {
                     bus.read_port(port, access);
                 }
                 return Exit::Continue;
             }
-            Ok(VcpuExit::IoOut(port, data)) => data
-                .chunks(self.kick.port_access_size().max(1))
-                .find_map(|access| bus.write_port(port, access)),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                exits.count(ExitReason::PortWrite);
+                data.chunks(self.kick.port_access_size().max(1))
+                    .find_map(|access| bus.write_port(port, access))
+            }
             Ok(VcpuExit::MmioRead(address, data)) => {
+                exits.count(ExitReason::MemoryRead);
                 bus.read_memory(GuestAddress(address), data);
                 return Exit::Continue;
             }
-            Ok(VcpuExit::MmioWrite(address, data)) => bus.write_memory(GuestAddress(address), data),
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                exits.count(ExitReason::MemoryWrite);
+                bus.write_memory(GuestAddress(address), data)
+            }
             Ok(VcpuExit::Intr) => return self.interrupted(),
             // EAGAIN: a vCPU that waits for INIT or SIPI was woken, possibly by one of them.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return self.interrupted(),
@@ -254,10 +295,39 @@ impl Vcpu {
             }
             Err(source) => Some(self.failed(source)),
         };
-        ending.map_or(Exit::Continue, Exit::Ended)
+        match ending {
+            None => Exit::Continue,
+            Some(ending) => {
+                self.exits.count(ExitReason::Final);
+                Exit::Ended(ending)
+            }
+        }
+    }
+
+    /// Completes an access to a port, or to an address without memory, of which the guest has not got the result yet: KVM does
+    /// that on its way into the guest, which is not entered here. Its state is whole then. An answer ends the VM.
+    ///
+    /// Where the guest's instruction touches an absent page as well, this waits for the page.
+    pub fn complete_access(&mut self, bus: &dyn Bus) -> Option<Ending> {
+        loop {
+            self.kick.hold_back();
+            match self.run(bus) {
+                Exit::Interrupted => return None,
+                Exit::Ended(ending) => return Some(ending),
+                // One more access of the same instruction.
+                Exit::Continue => {}
+            }
+        }
+    }
+
+    /// Lets the guest know that it stood still for a while, so that it does not take that for a lock-up.
+    pub fn excuse_pause(&self) {
+        // Refused where the guest does not use KVM's clock, through which it would be told.
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     fn interrupted(&self) -> Exit {
+        self.exits.count(ExitReason::Interrupted);
         self.kick.acknowledge();
         Exit::Interrupted
     }

@@ -1,0 +1,443 @@
+//! A VM that runs, in the hands of other threads: its state, pause, resume, snapshot, the end, and what it has counted.
+//!
+//! A [`Control`] is made before the VM is and outlives it. [`crate::machine::run`] puts the VM under it; until then, and after
+//! the end, there is nothing to be asked but the state.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use umem::pager::{FaultClass, PagerError, PagerStats};
+use umem::units::PageIndex;
+use vm_memory::GuestAddress;
+
+use crate::devices::Stopper;
+use crate::ending::Ending;
+use crate::kvm::ExitReason;
+use crate::machine::{ParkError, Parts};
+use crate::snapshot::{
+    Complete, Draft, SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then,
+};
+
+/// How long vCPUs are waited for when they are to stand still.
+pub const PATIENCE: Duration = Duration::from_secs(3);
+
+/// After how long a wait for a page is what the VM does.
+const LONG_WAIT: Duration = Duration::from_secs(1);
+
+/// What a VM does, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmState {
+    /// No vCPU has entered the guest yet.
+    Booting,
+    /// vCPUs run.
+    Running,
+    /// They stand still because somebody asked for it.
+    Paused,
+    /// They run, but somebody has been waiting for a page for more than a second.
+    WaitingForPages,
+    /// The VM is being sent to another host.
+    MigratingOut,
+    /// It is arriving from another host.
+    MigratingIn,
+    /// It runs on another host.
+    MigratedAway,
+    /// It has ended.
+    Stopped,
+}
+
+impl VmState {
+    /// The word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Booting => "booting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::WaitingForPages => "waiting-for-pages",
+            Self::MigratingOut => "migrating-out",
+            Self::MigratingIn => "migrating-in",
+            Self::MigratedAway => "migrated-away",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What observers are told.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The VM is in another state than before. (`WaitingForPages` is not told: it is what a running VM is when it is asked.)
+    State(VmState),
+    /// Every page of RAM is there. Told once.
+    AllPagesPresent,
+    /// A page cannot be had, and the VM ends. Told once.
+    PagerFailed(Arc<PagerError>),
+}
+
+/// Is told events, one after another. Must neither block nor change the VM's state.
+type Observer = Box<dyn Fn(&Event) + Send + Sync>;
+
+/// Why a VM was not paused.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// It is paused.
+    #[error("the VM is paused already")]
+    AlreadyPaused,
+    /// It does not run.
+    #[error("the VM cannot be paused: it is {0}")]
+    WrongState(VmState),
+    /// Another request has not ended yet.
+    #[error("another request is being served")]
+    Busy,
+    /// A vCPU is in the kernel and cannot be interrupted. The VM runs on as before.
+    #[error("{}; the VM goes on as before", stuck(*index, *waited, page.as_ref()))]
+    VcpuWaits {
+        /// The vCPU.
+        index: u32,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The page that somebody has waited for longest, if that is known: where in RAM, and where the guest sees it.
+        page: Option<(PageIndex, GuestAddress)>,
+    },
+}
+
+/// A vCPU that does not stop, in words.
+fn stuck(index: u32, waited: Duration, page: Option<&(PageIndex, GuestAddress)>) -> String {
+    let waited = waited.as_millis();
+    match page {
+        Some((page, address)) => format!(
+            "vCPU {index} did not stop within {waited} ms: it waits for a page, and page {page} (guest-physical {:#x}) has not come",
+            address.0
+        ),
+        None => format!("vCPU {index} did not stop within {waited} ms"),
+    }
+}
+
+/// Why a VM was not resumed.
+#[derive(Debug, Error)]
+pub enum ResumeError {
+    /// It is not paused.
+    #[error("the VM cannot be resumed: it is {0}, not paused")]
+    WrongState(VmState),
+    /// Another request has not ended yet.
+    #[error("another request is being served")]
+    Busy,
+}
+
+/// Why a VM was not told to end.
+#[derive(Debug, Error)]
+pub enum ShutdownError {
+    /// It has ended.
+    #[error("the VM has ended already")]
+    Stopped,
+}
+
+/// What was counted so far.
+#[derive(Clone, Debug)]
+pub struct Counters {
+    /// Where RAM comes from, as a source URL.
+    pub source_url: String,
+    /// The pager's figures, with the page source's.
+    pub pager: PagerStats,
+    /// Pages of RAM, of 4 KiB.
+    pub pages: u64,
+    /// How many of them the kernel holds in memory, if it says.
+    pub resident: Option<u64>,
+    /// How many vCPUs there are.
+    pub vcpus: u32,
+    /// How often they left the guest.
+    pub exits: [(ExitReason, u64); ExitReason::ALL.len()],
+    /// When the first vCPU entered the guest.
+    pub first_instruction: Option<Instant>,
+}
+
+/// A handle on a VM. Clones are for the same one.
+#[derive(Clone)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    inner: Mutex<Inner>,
+    /// Held while events are told, so that they are told in order.
+    observers: Mutex<Vec<Observer>>,
+    /// Whoever pauses, resumes or makes a snapshot has it.
+    turn: Mutex<()>,
+}
+
+struct Inner {
+    state: VmState,
+    /// The VM is to end, as soon as there is one.
+    shutdown: bool,
+    stopper: Option<Stopper>,
+    /// While there is a VM.
+    parts: Option<Arc<Parts>>,
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Control {
+    /// A handle on a VM that is going to be.
+    pub fn new() -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                inner: Mutex::new(Inner {
+                    state: VmState::Booting,
+                    shutdown: false,
+                    stopper: None,
+                    parts: None,
+                }),
+                observers: Mutex::new(Vec::new()),
+                turn: Mutex::new(()),
+            }),
+        }
+    }
+
+    /// Tells `observer` all events from now on, one after another, from the thread in which they happen. It must neither block
+    /// nor ask for anything that changes the state.
+    pub fn observe(&self, observer: impl Fn(&Event) + Send + Sync + 'static) {
+        self.observers().push(Box::new(observer));
+    }
+
+    /// What the VM does.
+    pub fn state(&self) -> VmState {
+        let (state, parts) = self.now();
+        let waits = || {
+            let wait = parts.and_then(|parts| parts.longest_wait());
+            wait.is_some_and(|(_, waited)| waited >= LONG_WAIT)
+        };
+        match state {
+            VmState::Running if waits() => VmState::WaitingForPages,
+            state => state,
+        }
+    }
+
+    /// Makes all vCPUs leave the guest, and stay out of it until [`Self::resume`]. Pages are served meanwhile.
+    pub fn pause(&self) -> Result<(), PauseError> {
+        self.pause_within(PATIENCE)
+    }
+
+    /// The same with another limit to how long vCPUs may take. After an error the VM is as it was.
+    pub fn pause_within(&self, patience: Duration) -> Result<(), PauseError> {
+        let _turn = self.turn().ok_or(PauseError::Busy)?;
+        let parts = match self.now() {
+            (VmState::Paused, _) => return Err(PauseError::AlreadyPaused),
+            (VmState::Running, Some(parts)) => parts,
+            (state, _) => return Err(PauseError::WrongState(state)),
+        };
+        self.park(&parts, patience)
+    }
+
+    /// Lets a paused VM run on.
+    pub fn resume(&self) -> Result<(), ResumeError> {
+        let _turn = self.turn().ok_or(ResumeError::Busy)?;
+        let parts = match self.now() {
+            (VmState::Paused, Some(parts)) => parts,
+            (state, _) => return Err(ResumeError::WrongState(state)),
+        };
+        if self.unpark(&parts) {
+            Ok(())
+        } else {
+            Err(ResumeError::WrongState(VmState::Stopped))
+        }
+    }
+
+    /// Makes a snapshot of a VM that runs or is paused ([`crate::snapshot`]). Whatever hinders it, the VM goes on as before.
+    ///
+    /// A VM that runs stands still only until the pages that it has are written; those that are not loaded yet and all that makes
+    /// the file safe comes after that.
+    pub fn snapshot(
+        &self,
+        options: &SnapshotOptions,
+        progress: &mut dyn FnMut(SnapshotProgress),
+    ) -> Result<SnapshotSummary, SnapshotError> {
+        let _turn = self.turn().ok_or(SnapshotError::Busy)?;
+        let began = Instant::now();
+        let (was_paused, parts) = match self.now() {
+            (VmState::Paused, Some(parts)) => (true, parts),
+            (VmState::Running, Some(parts)) => (false, parts),
+            (state, _) => return Err(SnapshotError::WrongState(state)),
+        };
+        let memory = parts
+            .memory()
+            .ok_or(SnapshotError::WrongState(VmState::Stopped))?;
+        let mut draft = Draft::new(&options.directory, memory, progress)?;
+        let since = Instant::now();
+        if !was_paused {
+            self.park(&parts, options.patience)?;
+        }
+        let state = parts
+            .save_state(options.patience)
+            .and_then(|state| draft.write_present().map(|()| state));
+        let paused = if was_paused {
+            Duration::ZERO
+        } else {
+            since.elapsed()
+        };
+        if !was_paused && (state.is_err() || options.then == Then::GoOn) {
+            self.unpark(&parts);
+        }
+        let complete = state.and_then(|state| draft.complete(&state));
+        match (&complete, options.then) {
+            // If it has ended already, all the better.
+            (Ok(_), Then::Stop) => drop(self.shutdown()),
+            (Err(_), Then::Stop) if !was_paused => drop(self.unpark(&parts)),
+            _ => {}
+        }
+        let Complete {
+            path,
+            footer,
+            absent_pages,
+        } = complete?;
+        Ok(SnapshotSummary {
+            path,
+            pages: footer.pages(),
+            data_pages: footer.data_pages,
+            absent_pages,
+            digest: footer.digest,
+            paused,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Makes the vCPUs stand still, and says so.
+    fn park(&self, parts: &Parts, patience: Duration) -> Result<(), PauseError> {
+        match parts.vcpus.park(patience) {
+            Ok(()) if self.change(VmState::Paused) => Ok(()),
+            Ok(()) | Err(ParkError::Ended) => Err(PauseError::WrongState(VmState::Stopped)),
+            Err(ParkError::Stuck { index, waited }) => Err(PauseError::VcpuWaits {
+                index,
+                waited,
+                page: parts.missing_page(),
+            }),
+        }
+    }
+
+    /// Lets them run. It is told before they do, so that nothing that the guest does comes before. False: the VM has ended.
+    fn unpark(&self, parts: &Parts) -> bool {
+        let runs = self.change(VmState::Running);
+        if runs {
+            parts.vcpus.unpark();
+        }
+        runs
+    }
+
+    /// Ends the VM, in whatever state it is: with the outcome `stopped`.
+    pub fn shutdown(&self) -> Result<(), ShutdownError> {
+        let mut inner = self.inner();
+        if inner.state == VmState::Stopped {
+            return Err(ShutdownError::Stopped);
+        }
+        inner.shutdown = true;
+        if let Some(stopper) = &inner.stopper {
+            stopper.end(Ending::Stopped);
+        }
+        Ok(())
+    }
+
+    /// What was counted so far; `None` where there is no VM yet, or none any more.
+    pub fn counters(&self) -> Option<Counters> {
+        self.now().1?.counters()
+    }
+
+    /// For each class of faults how many took less than each of `bounds`, which are powers of two of nanoseconds from 32 on, in
+    /// ascending order, but not less than the one before, and as the last how many took longer. `None`: not known.
+    pub fn fault_counts(&self, bounds: &[u64]) -> Option<Vec<(FaultClass, Vec<u64>)>> {
+        self.now().1?.fault_counts(bounds)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.shared.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn observers(&self) -> MutexGuard<'_, Vec<Observer>> {
+        self.shared
+            .observers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state as it was told, and the VM if there is one.
+    fn now(&self) -> (VmState, Option<Arc<Parts>>) {
+        let inner = self.inner();
+        (inner.state, inner.parts.clone())
+    }
+
+    /// `None`: somebody else has it.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.shared.turn.try_lock() {
+            Ok(turn) => Some(turn),
+            Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Changes the state, and tells that. False: the VM has ended, which is the last state.
+    fn change(&self, to: VmState) -> bool {
+        let observers = self.observers();
+        {
+            let mut inner = self.inner();
+            if inner.state == VmState::Stopped {
+                return false;
+            }
+            inner.state = to;
+        }
+        observers.iter().for_each(|observer| observer(&Event::State(to)));
+        true
+    }
+}
+
+/// For the machine.
+impl Control {
+    /// What ends the VM is there.
+    pub(crate) fn set_stopper(&self, stopper: Stopper) {
+        let mut inner = self.inner();
+        if inner.shutdown {
+            stopper.end(Ending::Stopped);
+        }
+        inner.stopper = Some(stopper);
+    }
+
+    /// The VM is there.
+    pub(crate) fn attach(&self, parts: &Arc<Parts>) {
+        self.inner().parts = Some(Arc::clone(parts));
+    }
+
+    /// The first vCPU enters the guest.
+    pub(crate) fn started(&self) {
+        self.change(VmState::Running);
+    }
+
+    /// Something has happened.
+    pub(crate) fn tell(&self, event: &Event) {
+        self.observers().iter().for_each(|observer| observer(event));
+    }
+
+    /// The VM has ended: nobody begins anything with it any more.
+    pub(crate) fn stopped(&self) {
+        self.change(VmState::Stopped);
+    }
+
+    /// Lets go of the VM. Who is making a snapshot of it has what it needs: memory that is not written any more.
+    pub(crate) fn detach(&self) {
+        self.inner().parts = None;
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("state", &self.inner().state)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,440 @@
+//! All that KVM holds for a vCPU, saved and restored.
+//!
+//! The order of restoring, each for a reason: CPUID is there before (it decides what the registers may hold); registers, then
+//! system registers, which say where and in which mode the local APIC is; then extended registers; the local APIC before the
+//! MSRs, of which the deadline of its timer is one; the TSC before that deadline; KVM's own MSRs last of the MSRs, with the one
+//! that switches asynchronous page faults on at the end ([`ParavirtualMsrs`]); then events, which nothing may overwrite.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::{
+    KVMIO, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, VcpuFd};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::{errno, ioctl_ior_nr, ioctl_iow_nr};
+
+use super::plain::{self, Blob};
+use super::{Host, MsrError, ParavirtualMsrs, Vcpu, paravirtual_msrs};
+
+ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
+ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
+
+/// `KVM_CAP_SREGS2`.
+const CAP_SREGS2: u64 = 200;
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Of Hyper-V's interface, which no guest here is offered: some of them are clocks.
+const HYPER_V_MSRS: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_0fff;
+const PARAVIRTUAL_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
+
+/// As many MSRs as one call takes.
+const MSRS_AT_A_TIME: usize = 256;
+
+/// How far frequencies of time stamp counters may be apart and be taken for the same, as by KVM (`tsc_tolerance_ppm`).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// `KVM_STATE_NESTED_GUEST_MODE`.
+const NESTED_GUEST_MODE: u16 = 1;
+
+/// Why a vCPU's state could not be saved or restored.
+#[derive(Debug, Error)]
+pub enum VcpuStateError {
+    /// KVM refuses a part of it.
+    #[error("KVM cannot {act} {part} of vCPU {index}")]
+    Part {
+        /// To get or to set.
+        act: &'static str,
+        /// Which part.
+        part: &'static str,
+        /// Which vCPU.
+        index: u32,
+        /// What KVM answered.
+        source: errno::Error,
+    },
+    /// KVM refuses an MSR.
+    #[error("cannot {act} the MSRs of vCPU {index}")]
+    Msr {
+        /// To get or to set.
+        act: &'static str,
+        /// Which vCPU.
+        index: u32,
+        /// Why.
+        source: MsrError,
+    },
+    /// It runs a guest of its own.
+    #[error("vCPU {0} runs a virtual machine of its own, whose state is not saved")]
+    Nested(u32),
+    /// The guest's time would go at another speed.
+    #[error(
+        "the time stamp counter of this host runs at {here} kHz, that of the snapshot at {there} kHz, and KVM cannot scale it here"
+    )]
+    TscFrequency {
+        /// This host's.
+        here: u32,
+        /// The snapshot's.
+        there: u32,
+    },
+    /// More extended registers than this host's CPUs have.
+    #[error("the extended registers of vCPU {index} are {size} bytes, this host has {most}")]
+    Xsave {
+        /// Which vCPU.
+        index: u32,
+        /// The state's size.
+        size: usize,
+        /// This host's.
+        most: usize,
+    },
+}
+
+/// What this host's KVM saves of a vCPU.
+#[derive(Clone, Debug)]
+pub struct StateList {
+    msrs: Vec<u32>,
+    paravirtual: Vec<u32>,
+    xsave_size: usize,
+    sregs2: bool,
+}
+
+impl StateList {
+    /// As KVM lists it.
+    pub fn new(host: &Host) -> Result<Self, MsrError> {
+        let list = host.kvm().get_msr_index_list().map_err(MsrError::List)?;
+        let ordinary = |msr: &u32| !HYPER_V_MSRS.contains(msr) && !PARAVIRTUAL_MSRS.contains(msr);
+        let mut msrs: Vec<u32> = list.as_slice().iter().copied().filter(ordinary).collect();
+        // The counter first, so that it stands still for as short as can be; the deadline, which is counted by it, last.
+        msrs.sort_by_key(|msr| match *msr {
+            MSR_TSC => 0,
+            MSR_TSC_DEADLINE => 2,
+            _ => 1,
+        });
+        let kvm = host.kvm();
+        let xsave2 = usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        Ok(Self {
+            msrs,
+            paravirtual: paravirtual_msrs(host)?,
+            xsave_size: xsave2.max(size_of::<kvm_xsave>()),
+            sregs2: kvm.check_extension_raw(CAP_SREGS2) > 0,
+        })
+    }
+}
+
+/// A vCPU's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuState {
+    /// Nanoseconds since 1970 when the time stamp counter was read.
+    saved_at_ns: u64,
+    /// The counter's frequency, if KVM knows it.
+    tsc_khz: Option<u32>,
+    #[serde(with = "plain")]
+    registers: kvm_regs,
+    #[serde(with = "plain")]
+    system_registers: kvm_sregs2,
+    #[serde(with = "plain")]
+    debug_registers: kvm_debugregs,
+    #[serde(with = "plain")]
+    extended_control_registers: kvm_xcrs,
+    extended_registers: Blob,
+    #[serde(with = "plain")]
+    local_apic: kvm_lapic_state,
+    #[serde(with = "plain")]
+    events: kvm_vcpu_events,
+    /// Running, halted, waiting for INIT or SIPI: `KVM_MP_STATE_…`.
+    activity: u32,
+    msrs: Vec<(u32, u64)>,
+    paravirtual_msrs: ParavirtualMsrs,
+}
+
+impl VcpuState {
+    /// Reads the state of a vCPU that does not run, and of which no access is pending ([`Vcpu::complete_access`]).
+    pub fn save(vcpu: &Vcpu, list: &StateList) -> Result<Self, VcpuStateError> {
+        let (fd, index) = (vcpu.fd(), vcpu.index());
+        let act = "get";
+        let part = |part| {
+            move |source| VcpuStateError::Part {
+                act,
+                part,
+                index,
+                source,
+            }
+        };
+        let msr = |source| VcpuStateError::Msr { act, index, source };
+        refuse_nested(fd, index)?;
+        // Before the local APIC and the events: it settles an INIT or SIPI that has come.
+        let activity = fd.get_mp_state().map_err(part("the activity state"))?.mp_state;
+        // Before the registers: a page fault that is about to be delivered, as the token of an asynchronous one is, puts its
+        // address into CR2 (and a debug exception what it has into DR6) when it is asked for here.
+        let events = fd.get_vcpu_events().map_err(part("the events"))?;
+        let msrs = read_msrs(fd, &list.msrs).map_err(msr)?;
+        let saved_at_ns = now_ns();
+        Ok(Self {
+            saved_at_ns,
+            tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
+            registers: fd.get_regs().map_err(part("the registers"))?,
+            system_registers: get_sregs(fd, list).map_err(part("the system registers"))?,
+            debug_registers: fd.get_debug_regs().map_err(part("the debug registers"))?,
+            extended_control_registers: fd.get_xcrs().map_err(part("the extended control registers"))?,
+            extended_registers: get_xsave(fd, list).map_err(part("the extended registers"))?,
+            local_apic: fd.get_lapic().map_err(part("the local APIC"))?,
+            events,
+            activity,
+            msrs,
+            paravirtual_msrs: ParavirtualMsrs::save(fd, &list.paravirtual).map_err(msr)?,
+        })
+    }
+
+    /// The frequency of its time stamp counter, if KVM knew it.
+    pub(super) fn tsc_khz(&self) -> Option<u32> {
+        self.tsc_khz
+    }
+
+    /// Writes it to a new vCPU that has its CPUID. Memory slots are there and the pager serves: KVM touches guest memory.
+    ///
+    /// Time has passed since the state was saved, and the time stamp counter says so.
+    pub fn restore(&self, vcpu: &Vcpu, list: &StateList) -> Result<(), VcpuStateError> {
+        let (fd, index) = (vcpu.fd(), vcpu.index());
+        let act = "set";
+        let part = |part| {
+            move |source| VcpuStateError::Part {
+                act,
+                part,
+                index,
+                source,
+            }
+        };
+        let msr = |source| VcpuStateError::Msr { act, index, source };
+        self.restore_tsc_frequency(fd)?;
+        let activity = kvm_mp_state {
+            mp_state: self.activity,
+        };
+        fd.set_mp_state(activity).map_err(part("the activity state"))?;
+        fd.set_regs(&self.registers).map_err(part("the registers"))?;
+        set_sregs(fd, &self.system_registers, list).map_err(part("the system registers"))?;
+        self.restore_xsave(fd, index, list)?;
+        fd.set_xcrs(&self.extended_control_registers)
+            .map_err(part("the extended control registers"))?;
+        fd.set_debug_regs(&self.debug_registers)
+            .map_err(part("the debug registers"))?;
+        fd.set_lapic(&self.local_apic).map_err(part("the local APIC"))?;
+        self.restore_msrs(fd).map_err(msr)?;
+        self.paravirtual_msrs.restore(fd).map_err(msr)?;
+        fd.set_vcpu_events(&self.events).map_err(part("the events"))?;
+        vcpu.excuse_pause();
+        Ok(())
+    }
+
+    fn restore_tsc_frequency(&self, fd: &VcpuFd) -> Result<(), VcpuStateError> {
+        let here = fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+        let (Some(here), Some(there)) = (here, self.tsc_khz) else {
+            return Ok(());
+        };
+        let tolerance = u64::from(there) * TSC_TOLERANCE_PPM / 1_000_000;
+        if u64::from(here.abs_diff(there)) <= tolerance || fd.set_tsc_khz(there).is_ok() {
+            return Ok(());
+        }
+        Err(VcpuStateError::TscFrequency { here, there })
+    }
+
+    fn restore_xsave(&self, fd: &VcpuFd, index: u32, list: &StateList) -> Result<(), VcpuStateError> {
+        let (size, most) = (self.extended_registers.used().len(), list.xsave_size);
+        if size > most {
+            return Err(VcpuStateError::Xsave { index, size, most });
+        }
+        set_xsave(fd, &self.extended_registers, list).map_err(|source| VcpuStateError::Part {
+            act: "set",
+            part: "the extended registers",
+            index,
+            source,
+        })
+    }
+
+    fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), MsrError> {
+        let mut values = self.msrs.clone();
+        if let (Some(tsc), Some(khz)) = (values.iter_mut().find(|(msr, _)| *msr == MSR_TSC), self.tsc_khz) {
+            let passed = passed_since(self.saved_at_ns).as_nanos() * u128::from(khz) / 1_000_000;
+            tsc.1 = tsc.1.wrapping_add(passed as u64);
+        }
+        write_msrs(fd, &values)
+    }
+}
+
+/// Nanoseconds since 1970.
+pub(super) fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// How long ago that was. Never negative, so that no guest's clock goes back because the host's was.
+pub(super) fn passed_since(saved_at_ns: u64) -> Duration {
+    Duration::from_nanos(now_ns().saturating_sub(saved_at_ns))
+}
+
+fn refuse_nested(fd: &VcpuFd, index: u32) -> Result<(), VcpuStateError> {
+    let mut nested = kvm_bindings::nested::KvmNestedStateBuffer::empty();
+    match fd.nested_state(&mut nested) {
+        Ok(Some(_)) if nested.flags & NESTED_GUEST_MODE != 0 => Err(VcpuStateError::Nested(index)),
+        // Refused where there is none.
+        _ => Ok(()),
+    }
+}
+
+fn get_sregs(fd: &VcpuFd, list: &StateList) -> Result<kvm_sregs2, errno::Error> {
+    if !list.sregs2 {
+        return fd.get_sregs().map(|old| from_old(&old));
+    }
+    let mut sregs = kvm_sregs2::default();
+    // SAFETY: the ioctl takes a place for this structure.
+    match unsafe { ioctl_with_mut_ref(fd, KVM_GET_SREGS2(), &mut sregs) } {
+        0 => Ok(sregs),
+        _ => Err(errno::Error::last()),
+    }
+}
+
+fn set_sregs(fd: &VcpuFd, sregs: &kvm_sregs2, list: &StateList) -> Result<(), errno::Error> {
+    if !list.sregs2 {
+        return fd.set_sregs(&to_old(sregs));
+    }
+    // SAFETY: the ioctl takes this structure.
+    match unsafe { ioctl_with_ref(fd, KVM_SET_SREGS2(), sregs) } {
+        0 => Ok(()),
+        _ => Err(errno::Error::last()),
+    }
+}
+
+/// Without the page-directory pointers of 32-bit paging, which KVM then reads from memory as the processor does, and without the
+/// interrupt that is being delivered, which is among the events.
+fn from_old(old: &kvm_sregs) -> kvm_sregs2 {
+    kvm_sregs2 {
+        cs: old.cs,
+        ds: old.ds,
+        es: old.es,
+        fs: old.fs,
+        gs: old.gs,
+        ss: old.ss,
+        tr: old.tr,
+        ldt: old.ldt,
+        gdt: old.gdt,
+        idt: old.idt,
+        cr0: old.cr0,
+        cr2: old.cr2,
+        cr3: old.cr3,
+        cr4: old.cr4,
+        cr8: old.cr8,
+        efer: old.efer,
+        apic_base: old.apic_base,
+        ..Default::default()
+    }
+}
+
+fn to_old(new: &kvm_sregs2) -> kvm_sregs {
+    kvm_sregs {
+        cs: new.cs,
+        ds: new.ds,
+        es: new.es,
+        fs: new.fs,
+        gs: new.gs,
+        ss: new.ss,
+        tr: new.tr,
+        ldt: new.ldt,
+        gdt: new.gdt,
+        idt: new.idt,
+        cr0: new.cr0,
+        cr2: new.cr2,
+        cr3: new.cr3,
+        cr4: new.cr4,
+        cr8: new.cr8,
+        efer: new.efer,
+        apic_base: new.apic_base,
+        ..Default::default()
+    }
+}
+
+fn get_xsave(fd: &VcpuFd, list: &StateList) -> Result<Blob, errno::Error> {
+    if list.xsave_size == size_of::<kvm_xsave>() {
+        return fd.get_xsave().map(|xsave| Blob::new(&to_bytes(&xsave.region)));
+    }
+    let mut words = vec![0_u32; list.xsave_size.div_ceil(4)];
+    // SAFETY: KVM writes as many bytes as it has said, and there are as many.
+    match unsafe { ioctl_with_mut_ref(fd, KVM_GET_XSAVE2(), &mut words[0]) } {
+        0 => Ok(Blob::new(&to_bytes(&words))),
+        _ => Err(errno::Error::last()),
+    }
+}
+
+fn set_xsave(fd: &VcpuFd, blob: &Blob, list: &StateList) -> Result<(), errno::Error> {
+    // KVM reads as many bytes as it has said, also by the older call.
+    let mut words = vec![0_u32; list.xsave_size.div_ceil(4)];
+    for (word, bytes) in words.iter_mut().zip(blob.used().chunks(4)) {
+        let mut padded = [0; 4];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        *word = u32::from_le_bytes(padded);
+    }
+    // SAFETY: as above.
+    match unsafe { ioctl_with_ref(fd, KVM_SET_XSAVE(), &words[0]) } {
+        0 => Ok(()),
+        _ => Err(errno::Error::last()),
+    }
+}
+
+ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
+ioctl_iow_nr!(KVM_SET_XSAVE, KVMIO, 0xa5, kvm_xsave);
+
+fn to_bytes(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// What can be read of `msrs`: KVM lists some that this CPU or this vCPU's CPUID does not have.
+fn read_msrs(fd: &VcpuFd, msrs: &[u32]) -> Result<Vec<(u32, u64)>, MsrError> {
+    let act = "read";
+    let mut values = Vec::with_capacity(msrs.len());
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let step = &rest[..rest.len().min(MSRS_AT_A_TIME)];
+        let entries: Vec<_> = step.iter().map(|&msr| entry(msr, 0)).collect();
+        let mut entries = Msrs::from_entries(&entries).map_err(|_| MsrError::TooMany(step.len()))?;
+        let done = fd
+            .get_msrs(&mut entries)
+            .map_err(|source| MsrError::Failed { act, source })?;
+        let read = &entries.as_slice()[..done];
+        values.extend(read.iter().map(|entry| (entry.index, entry.data)));
+        // The one that KVM stopped at is left out.
+        rest = &rest[(done + usize::from(done < step.len()))..];
+    }
+    Ok(values)
+}
+
+/// Writes all. One that KVM does not take but that holds the value already is as good.
+fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), MsrError> {
+    let act = "write";
+    let mut rest = values;
+    while !rest.is_empty() {
+        let step = &rest[..rest.len().min(MSRS_AT_A_TIME)];
+        let entries: Vec<_> = step.iter().map(|&(msr, value)| entry(msr, value)).collect();
+        let entries = Msrs::from_entries(&entries).map_err(|_| MsrError::TooMany(step.len()))?;
+        let done = fd
+            .set_msrs(&entries)
+            .map_err(|source| MsrError::Failed { act, source })?;
+        rest = &rest[done..];
+        if done < step.len() {
+            let (msr, value) = rest[0];
+            if read_msrs(fd, &[msr])? != [(msr, value)] {
+                return Err(MsrError::Refused { act, msr });
+            }
+            rest = &rest[1..];
+        }
+    }
+    Ok(())
+}
+
+fn entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
+}
