@@ -69,6 +69,7 @@ impl Vm {
             recording: None,
             cpus,
             async_pf: AsyncPageFaults::IfThere,
+            track_dirty: false,
         };
         let control = Control::new();
         let (tell, events) = mpsc::channel();

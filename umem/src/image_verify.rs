@@ -1,7 +1,7 @@
 //! Checking every byte of a layer.
 
 use crate::checksums::{Block, CHECKSUMS_PER_BLOCK};
-use crate::image::{LAYER_DIGEST, ReadError, Wait};
+use crate::image::{Image, LAYER_DIGEST, ReadError, Wait};
 use crate::image_footer::Footer;
 use crate::image_layer::Layer;
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -82,6 +82,27 @@ impl Checksums<'_> {
             self.digest.update(&checksum.to_le_bytes());
         }
         Ok(checksum)
+    }
+}
+
+impl Image {
+    /// Reads every byte of each of its files and checks it; finds a single flipped bit. `progress` is told pages done so far, of
+    /// all files.
+    pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Verified, ReadError> {
+        let mut all = Verified {
+            digest_matches: true,
+            ..Verified::default()
+        };
+        for (index, layer) in (0..).zip(self.layers()) {
+            let before = index * self.pages();
+            let verified = layer.verify(|done| progress(before + done))?;
+            all.data_pages += verified.data_pages;
+            all.corrupt_count += verified.corrupt_count;
+            let room = Verified::MOST_LISTED - all.corrupt.len();
+            all.corrupt.extend(verified.corrupt.into_iter().take(room));
+            all.digest_matches &= verified.digest_matches;
+        }
+        Ok(all)
     }
 }
 
@@ -169,7 +190,7 @@ mod tests {
         let image = Image::open(&path).unwrap();
         assert_eq!(image.metadata(), b"metadata");
         let mut last = 0;
-        let verified = image.layers().next().unwrap().verify(|done| last = done).unwrap();
+        let verified = image.verify(|done| last = done).unwrap();
         assert!(verified.is_sound(), "{verified:?}");
         assert_eq!(verified.data_pages, image.footer().data_pages);
         assert_eq!(last, PAGES);
@@ -196,7 +217,7 @@ mod tests {
                 Err(OpenError::Corrupt { .. } | OpenError::NotAnImage { .. }) => {}
                 Err(error) => prop_assert!(false, "offset {offset}: {error}"),
                 Ok(image) => {
-                    let verified = image.layers().next().unwrap().verify(|_| {}).unwrap();
+                    let verified = image.verify(|_| {}).unwrap();
                     prop_assert!(!verified.is_sound(), "offset {offset} bit {bit}");
                     if offset < PAGES * PAGE_SIZE as u64 {
                         prop_assert_eq!(&verified.corrupt, &[PageIndex::containing(offset)]);

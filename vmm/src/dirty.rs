@@ -75,12 +75,20 @@ impl PageBitmap {
 
     /// Its pages in runs, in order.
     pub fn runs(&self) -> impl Iterator<Item = PageRange> {
-        let mut at = 0;
+        let mut rest = PageRange::new(PageIndex(0), self.pages);
         std::iter::from_fn(move || {
-            let start = self.next(at, true);
-            at = self.next(start, false);
-            (start < at).then(|| PageRange::new(PageIndex(start), at - start))
+            let run = self.next_run(rest)?;
+            rest = rest.from(run.end());
+            Some(run)
         })
+    }
+
+    /// The first run of its pages in `within`.
+    pub fn next_run(&self, within: PageRange) -> Option<PageRange> {
+        let start = self.next(within.start.0, true);
+        let end = self.next(start, false);
+        let run = PageRange::new(PageIndex(start), end - start).clamp_to(within.end());
+        (run.count > 0).then_some(run)
     }
 
     /// The first page from `from` on that is in it, or is not; the number of pages, if there is none.
@@ -199,6 +207,71 @@ impl DirtyTracker {
         // All of them, whatever becomes of one.
         stopped.fold(Ok(()), Result::and)
     }
+}
+
+/// Changes of a VM's RAM since it was the same as an image, for snapshots that hold nothing else.
+#[derive(Debug)]
+pub(crate) struct Tracking {
+    /// Otherwise nothing is tracked.
+    wanted: bool,
+    tracker: Option<DirtyTracker>,
+    /// The image that RAM was the same as when the tracker was started, or when changes were taken last. `None`: none that is known.
+    since: Option<[u8; 32]>,
+}
+
+impl Tracking {
+    /// Begins at once if RAM, to which nobody has written yet, is the same as the image with the digest `same_as`; otherwise not
+    /// before there is a snapshot.
+    pub(crate) fn start(
+        wanted: bool,
+        same_as: Option<[u8; 32]>,
+        vm: &Vm,
+        memory: &GuestMemory,
+    ) -> Result<Self, VmError> {
+        let since = same_as.filter(|_| wanted);
+        let tracker = since.map(|_| DirtyTracker::start(vm, memory)).transpose()?;
+        Ok(Self {
+            wanted,
+            tracker,
+            since,
+        })
+    }
+
+    /// What has changed, if that is known. From now on other changes are. The guest stands still.
+    pub(crate) fn take(&mut self, vm: &Vm, memory: &GuestMemory) -> Result<Option<Changes>, VmError> {
+        match &mut self.tracker {
+            Some(tracker) => {
+                let (pages, since) = (tracker.take(vm)?, self.since);
+                Ok(Some(Changes { pages, since }))
+            }
+            None if self.wanted => {
+                self.tracker = Some(DirtyTracker::start(vm, memory)?);
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// When changes were taken last, RAM was the same as the image with this digest.
+    pub(crate) fn saved(&mut self, digest: [u8; 32]) {
+        self.since = Some(digest);
+    }
+
+    /// Nothing came of what was taken.
+    pub(crate) fn give_back(&mut self, changes: &Changes) {
+        if let Some(tracker) = &mut self.tracker {
+            tracker.give_back(&changes.pages);
+        }
+    }
+}
+
+/// What has changed, and since when.
+#[derive(Debug)]
+pub(crate) struct Changes {
+    /// The pages that may be others than in the image.
+    pub(crate) pages: PageBitmap,
+    /// The image.
+    pub(crate) since: Option<[u8; 32]>,
 }
 
 #[cfg(test)]

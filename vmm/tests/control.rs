@@ -46,6 +46,7 @@ fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineCo
         recording: None,
         cpus,
         async_pf: AsyncPageFaults::Off,
+        track_dirty: false,
     }
 }
 

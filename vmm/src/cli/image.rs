@@ -180,15 +180,30 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     })?;
     let digest = blake3::Hash::from_bytes(footer.digest).to_hex();
     if options.json {
-        let layers: Vec<_> = image.layers().map(describe).collect();
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest.as_str(), "layers": layers, "metadata": metadata,
+            "digest": digest.as_str(), "layers": image.layers().map(describe).collect::<Vec<_>>(), "metadata": metadata,
         });
         say!("{object:#}");
         return Ok(());
     }
     say!("image         {path}");
+    say_ram(&image)?;
+    say!("kernel        {}", metadata.kernel);
+    say!(
+        "entry         {:?} at {:#x}",
+        metadata.entry.protocol,
+        metadata.entry.entry
+    );
+    say!("command line  {}", metadata.command_line);
+    say!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
+    say!("digest        {digest}");
+    Ok(())
+}
+
+/// How much RAM is in an image, and in which files.
+fn say_ram(image: &Image) -> Result<(), CommandError> {
+    let footer = image.footer();
     match &footer.base {
         None => say!(
             "RAM           {} ({} pages, {} hold something)",
@@ -212,15 +227,6 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
             blake3::Hash::from_bytes(layer.footer().digest)
         );
     }
-    say!("kernel        {}", metadata.kernel);
-    say!(
-        "entry         {:?} at {:#x}",
-        metadata.entry.protocol,
-        metadata.entry.entry
-    );
-    say!("command line  {}", metadata.command_line);
-    say!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
-    say!("digest        {digest}");
     Ok(())
 }
 
@@ -246,7 +252,7 @@ fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandErro
     if options.json {
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest.as_str(),
+            "digest": digest.as_str(), "layers": image.layers().map(describe).collect::<Vec<_>>(),
             "snapshot": {
                 "version": state.version(), "created": state.created(), "cpus": state.cpus(),
                 "cpu_vendor": state.cpu().vendor(), "async_pf": state.async_pf(),
@@ -256,12 +262,7 @@ fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandErro
         return Ok(());
     }
     say!("snapshot      {path}");
-    say!(
-        "RAM           {} ({} pages, {} hold something)",
-        Size(footer.ram_size),
-        image.pages(),
-        footer.data_pages
-    );
+    say_ram(image)?;
     say!("vCPUs         {} of {}", state.cpus(), state.cpu().vendor());
     say!("async_pf      {}", if state.async_pf() { "on" } else { "off" });
     say!("created       {} s after 1970 began", state.created());

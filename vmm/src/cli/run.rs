@@ -193,6 +193,7 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         recording,
         cpus: guest.cpus,
         async_pf: guest.async_pf,
+        track_dirty: memory.track_dirty,
     })
 }
 
