@@ -73,6 +73,7 @@ impl Vm {
             cpus,
             async_pf: AsyncPageFaults::IfThere,
             placement: Placement::Free,
+            track_dirty: false,
         };
         let control = Control::new();
         let (tell, events) = mpsc::channel();

@@ -29,28 +29,51 @@
 //! pages are zero, so each block of it is checked before it is believed: a part of the file that reads as zeros, as it does
 //! after a crash or a bad copy, is damage and not zero pages. Blocks are read when they are needed, so opening an image of any
 //! size takes the same few reads.
+//!
+//! # Layers
+//!
+//! An image may hold only the pages in which it differs from another one, its base: an incremental snapshot does. Such a file is
+//! a layer, and its base may be one too. It has version 2, checksums of its own pages alone, and two parts more:
+//!
+//! ```text
+//! offset              content
+//! 0                   RAM, raw; a page that is all zero, or the base's, is a hole
+//! ram_size            map of own pages: one bit a page, padded to 8 bytes
+//! ... + 8 * words     checksum table: one little-endian u64 for every own page
+//! ... + 8 * own       block checksums
+//! metadata_offset     metadata
+//! ... + length        path of the base, from the directory in which this file is
+//! file end - 184      what the base is
+//! file end - 112      footer
+//!
+//! what the base is (little-endian)
+//!      0     8  own_pages: pages of this file, zero ones included
+//!      8     8  xxh3-64 of the map of own pages
+//!     16    32  digest of the base
+//!     48     8  bytes in the path of the base, at most 4096
+//!     56     8  xxh3-64 of the path
+//!     64     8  xxh3-64 of this up to here
+//! ```
+//!
+//! The digest of a layer is the blake3 (key derivation, context [`LAYER_DIGEST`]) of its base's digest, ram_size, map of own
+//! pages, checksum table and metadata. So it covers every layer below, and says as much of what RAM holds as that of one file
+//! does. A base is known by its digest, and another image in its place is refused; the path is only where it is looked for.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
-use rustix::io::{Errno, ReadWriteFlags};
-
-use crate::checksums::{Block, CHECKSUMS_PER_BLOCK, ChecksumTable};
+use crate::checksums::CHECKSUMS_PER_BLOCK;
+pub use crate::image_footer::{BaseFields, Footer, FooterError, MAX_METADATA};
+use crate::image_footer::{LAYER_VERSION, VERSION};
+pub use crate::image_layer::Layer;
 pub use crate::image_writer::{ImageWriter, WriteError};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
-/// The first and the last bytes of the footer.
-pub(crate) const MAGIC: [u8; 8] = *b"umemimg\0";
-/// The one version there is.
-pub(crate) const VERSION: u32 = 1;
-/// Bytes in the footer.
-pub(crate) const FOOTER_SIZE: usize = 112;
-/// The most metadata that is read.
-pub const MAX_METADATA: usize = 1 << 20;
+/// What tells the digest of a layer from every other hash.
+pub const LAYER_DIGEST: &str = "umem image layer, version 2";
+
+/// The most files that an image is made of.
+pub const MAX_LAYERS: usize = 64;
 
 /// Why a file is no image that can be used.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +96,7 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// It is an image of another version.
-    #[error("image '{}' has format version {version}, this program reads version {VERSION}: make it anew", path.display())]
+    #[error("image '{}' has format version {version}, this program reads {VERSION} and {LAYER_VERSION}: make it anew", path.display())]
     Version {
         /// The file.
         path: PathBuf,
@@ -87,6 +110,44 @@ pub enum OpenError {
         path: PathBuf,
         /// What does not fit.
         what: String,
+    },
+    /// It is laid over another image that cannot be used.
+    #[error("image '{}' cannot be used without its base", path.display())]
+    Base {
+        /// The file.
+        path: PathBuf,
+        /// Why its base cannot be used.
+        source: Box<OpenError>,
+    },
+    /// What lies where its base was is another image.
+    #[error(
+        "image '{}' is laid over an image with digest {}, and '{}' is another one, with digest {}",
+        path.display(),
+        blake3::Hash::from_bytes(*expected),
+        base.display(),
+        blake3::Hash::from_bytes(*found)
+    )]
+    OtherBase {
+        /// The file.
+        path: PathBuf,
+        /// Its base's digest.
+        expected: [u8; 32],
+        /// What lies there.
+        base: PathBuf,
+        /// The digest of what lies there.
+        found: [u8; 32],
+    },
+    /// It is laid over itself.
+    #[error("image '{}' is corrupt: it is its own base", path.display())]
+    Loop {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is made of too many files.
+    #[error("image '{}' has more than {MAX_LAYERS} layers: make it anew as one file", path.display())]
+    TooManyLayers {
+        /// The file.
+        path: PathBuf,
     },
 }
 
@@ -121,117 +182,6 @@ pub enum ReadError {
     },
 }
 
-/// The footer's fields.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Footer {
-    /// Size of the guest's RAM in bytes.
-    pub ram_size: u64,
-    /// Pages that are not all zero.
-    pub data_pages: u64,
-    /// Bytes of metadata.
-    pub metadata_length: u64,
-    /// xxh3-64 of the metadata.
-    pub metadata_checksum: u64,
-    /// xxh3-64 of the block checksums.
-    pub blocks_checksum: u64,
-    /// The image's identity.
-    pub digest: [u8; 32],
-}
-
-impl Footer {
-    /// How many pages of RAM there are.
-    pub fn pages(&self) -> u64 {
-        self.ram_size / PAGE_SIZE as u64
-    }
-
-    /// Where the block checksums lie.
-    pub fn blocks_offset(&self) -> u64 {
-        self.ram_size + self.pages() * 8
-    }
-
-    /// Where the metadata lies.
-    pub fn metadata_offset(&self) -> u64 {
-        self.blocks_offset() + self.pages().div_ceil(CHECKSUMS_PER_BLOCK) * 8
-    }
-
-    /// How long the whole file is.
-    pub fn file_size(&self) -> u64 {
-        self.metadata_offset() + self.metadata_length + FOOTER_SIZE as u64
-    }
-
-    /// The footer as it is stored.
-    pub fn encode(&self) -> [u8; FOOTER_SIZE] {
-        let mut bytes = [0; FOOTER_SIZE];
-        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
-        put(0, &MAGIC);
-        put(8, &VERSION.to_le_bytes());
-        put(12, &(PAGE_SIZE as u32).to_le_bytes());
-        put(16, &self.ram_size.to_le_bytes());
-        put(24, &self.data_pages.to_le_bytes());
-        put(32, &self.metadata_offset().to_le_bytes());
-        put(40, &self.metadata_length.to_le_bytes());
-        put(48, &self.metadata_checksum.to_le_bytes());
-        put(56, &self.blocks_checksum.to_le_bytes());
-        put(64, &self.digest);
-        put(104, &MAGIC);
-        let checksum = xxhash_rust::xxh3::xxh3_64(&bytes[..96]);
-        bytes[96..104].copy_from_slice(&checksum.to_le_bytes());
-        bytes
-    }
-
-    /// Reads a footer; the error says what is wrong with it.
-    pub fn decode(bytes: &[u8; FOOTER_SIZE]) -> Result<Self, FooterError> {
-        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-        if bytes[..8] != MAGIC && bytes[104..] != MAGIC {
-            return Err(FooterError::NoMagic);
-        }
-        if u64_at(96) != xxhash_rust::xxh3::xxh3_64(&bytes[..96])
-            || bytes[..8] != MAGIC
-            || bytes[104..] != MAGIC
-        {
-            return Err(FooterError::Damaged(
-                "its footer does not match the footer's checksum".into(),
-            ));
-        }
-        if u32_at(8) != VERSION {
-            return Err(FooterError::Version(u32_at(8)));
-        }
-        let footer = Self {
-            ram_size: u64_at(16),
-            data_pages: u64_at(24),
-            metadata_length: u64_at(40),
-            metadata_checksum: u64_at(48),
-            blocks_checksum: u64_at(56),
-            digest: std::array::from_fn(|i| bytes[64 + i]),
-        };
-        let page = PAGE_SIZE as u64;
-        let sound = u64::from(u32_at(12)) == page
-            && footer.ram_size > 0
-            && footer.ram_size.is_multiple_of(page)
-            && footer.ram_size < 1 << 56
-            && footer.metadata_length <= MAX_METADATA as u64
-            && footer.data_pages <= footer.ram_size / page
-            && footer.metadata_offset() == u64_at(32);
-        if sound {
-            Ok(footer)
-        } else {
-            Err(FooterError::Damaged("its footer contradicts itself".into()))
-        }
-    }
-}
-
-/// What is wrong with a footer.
-#[derive(Debug, PartialEq, Eq)]
-pub enum FooterError {
-    /// There is none.
-    NoMagic,
-    /// It is of another version.
-    Version(u32),
-    /// It is damaged; how.
-    Damaged(String),
-}
-
 /// The checksum of a page, or of a block of the checksum table: 0 means all zero.
 pub fn checksum(page: &[u8]) -> u64 {
     if is_zero(page) {
@@ -260,141 +210,91 @@ pub enum Wait {
     No,
 }
 
-/// An open image.
+/// An open image: a file with all pages, or a layer over its base, which may be a layer too.
 #[derive(Debug)]
 pub struct Image {
-    pub(crate) file: File,
-    pub(crate) path: PathBuf,
-    pub(crate) footer: Footer,
-    metadata: Vec<u8>,
-    checksums: ChecksumTable,
-    /// The file lives in memory (tmpfs): a read never waits, and RWF_NOWAIT may be unknown to it.
-    in_memory: bool,
+    /// The file that was asked for, its base, the base's base, and so on, but for the last.
+    above: Vec<Layer>,
+    /// The one that has every page.
+    bottom: Layer,
 }
 
 impl Image {
-    /// Opens an image and checks what can be checked without reading its RAM.
+    /// Opens an image with all that it is laid over, and checks what can be checked without reading RAM.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        let io = |source| OpenError::Io {
-            path: path.to_path_buf(),
-            source,
-        };
-        let corrupt = |what: String| OpenError::Corrupt {
-            path: path.to_path_buf(),
-            what,
-        };
-        // Without waiting: a pipe that nobody writes to would be waited for.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        // Reading is not to dirty the file's inode; who does not own the file may not ask for that.
-        let file = match rustix::fs::open(path, flags | OFlags::NOATIME, Mode::empty()) {
-            Err(Errno::PERM) => rustix::fs::open(path, flags, Mode::empty()),
-            other => other,
-        };
-        let file = File::from(file.map_err(|errno| io(errno.into()))?);
-        let stat = file.metadata().map_err(io)?;
-        if stat.is_dir() {
-            return Err(io(io::ErrorKind::IsADirectory.into()));
+        let mut above = Vec::new();
+        let mut bottom = Layer::open(path)?;
+        while let Some(base) = open_base(&bottom, &above)? {
+            above.push(std::mem::replace(&mut bottom, base));
         }
-        let Some(at) = stat.len().checked_sub(FOOTER_SIZE as u64) else {
-            return Err(OpenError::NotAnImage {
-                path: path.to_path_buf(),
-            });
-        };
-        let mut bytes = [0; FOOTER_SIZE];
-        file.read_exact_at(&mut bytes, at).map_err(io)?;
-        let footer = Footer::decode(&bytes).map_err(|error| match error {
-            FooterError::NoMagic => OpenError::NotAnImage {
-                path: path.to_path_buf(),
-            },
-            FooterError::Version(version) => OpenError::Version {
-                path: path.to_path_buf(),
-                version,
-            },
-            FooterError::Damaged(what) => corrupt(what),
-        })?;
-        if footer.file_size() != stat.len() {
-            return Err(corrupt(format!(
-                "it has {} bytes where its footer says {}",
-                stat.len(),
-                footer.file_size()
-            )));
-        }
-        let mut metadata = vec![0; footer.metadata_length as usize];
-        file.read_exact_at(&mut metadata, footer.metadata_offset())
-            .map_err(io)?;
-        if xxhash_rust::xxh3::xxh3_64(&metadata) != footer.metadata_checksum {
-            return Err(corrupt(
-                "its metadata does not match the metadata's checksum".into(),
-            ));
-        }
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as u64)));
-        let mut blocks = vec![0; (footer.metadata_offset() - footer.blocks_offset()) as usize];
-        file.read_exact_at(&mut blocks, footer.blocks_offset())
-            .map_err(io)?;
-        if xxhash_rust::xxh3::xxh3_64(&blocks) != footer.blocks_checksum {
-            return Err(corrupt("its block checksums do not match their checksum".into()));
-        }
-        let checksums = ChecksumTable::new(footer.ram_size, footer.pages(), &blocks);
-        Ok(Self {
-            file,
-            path: path.to_path_buf(),
-            footer,
-            metadata,
-            checksums,
-            in_memory,
-        })
+        Ok(Self { above, bottom })
+    }
+
+    /// The files that it is made of: the one that was asked for, its base, the base's base, and so on.
+    pub fn layers(&self) -> impl Iterator<Item = &Layer> {
+        self.above.iter().chain([&self.bottom])
+    }
+
+    /// How many files it is made of.
+    pub fn layer_count(&self) -> usize {
+        self.above.len() + 1
+    }
+
+    fn top(&self) -> &Layer {
+        self.above.first().unwrap_or(&self.bottom)
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.top().path()
     }
 
-    /// What the footer says.
+    /// What the file's footer says.
     pub fn footer(&self) -> &Footer {
-        &self.footer
+        self.top().footer()
     }
 
     /// The metadata.
     pub fn metadata(&self) -> &[u8] {
-        &self.metadata
+        self.top().metadata()
     }
 
     /// How many pages of RAM it has.
     pub fn pages(&self) -> u64 {
-        self.footer.pages()
+        self.top().pages()
+    }
+
+    /// The layer that has the first of `pages`, of which there is at least one, and those that follow it in the same layer.
+    fn run(&self, mut pages: PageRange) -> (&Layer, PageRange) {
+        for layer in &self.above {
+            let (here, count) = layer.run(pages);
+            pages.count = count;
+            if here {
+                return (layer, pages);
+            }
+        }
+        (&self.bottom, pages)
+    }
+
+    /// `pages` in runs, each with its layer.
+    fn runs(&self, pages: PageRange) -> impl Iterator<Item = (&Layer, PageRange)> {
+        let mut rest = pages;
+        std::iter::from_fn(move || {
+            (rest.count > 0).then(|| {
+                let (layer, run) = self.run(rest);
+                rest = rest.from(run.end());
+                (layer, run)
+            })
+        })
     }
 
     /// The next run of pages, at or after `from`, that may hold something; everything before it is zero.
     pub fn next_data(&self, from: PageIndex) -> Result<Option<PageRange>, ReadError> {
-        let end = PageIndex(self.pages());
-        if from >= end {
-            return Ok(None);
+        if self.above.is_empty() {
+            return self.bottom.next_data(from);
         }
-        let seek = |whence, page| {
-            rustix::fs::seek(&self.file, whence).map_err(|errno| ReadError::Io {
-                page,
-                path: self.path.clone(),
-                source: errno.into(),
-            })
-        };
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from.byte_offset())) {
-            Ok(offset) => PageIndex::containing(offset).max(from),
-            // Only holes from here on, the kernel says. But behind RAM there is always the footer.
-            Err(Errno::NXIO) => {
-                return Err(ReadError::Truncated {
-                    page: from,
-                    path: self.path.clone(),
-                });
-            }
-            Err(_) => seek(SeekFrom::Data(from.byte_offset()), from).map(PageIndex::containing)?,
-        };
-        if start >= end {
-            return Ok(None);
-        }
-        let hole = seek(SeekFrom::Hole(start.byte_offset()), start)?;
-        let stop = PageIndex(hole.div_ceil(PAGE_SIZE as u64)).min(end);
-        Ok(Some(PageRange::new(start, stop.0 - start.0)))
+        // A hole is also what is in another layer.
+        self.next_with_checksum(PageRange::new(from, self.pages().saturating_sub(from.0)))
     }
 
     /// The first run of pages in `within` that hold something by the checksum table; everything before it is zero.
@@ -421,88 +321,64 @@ impl Image {
 
     /// The checksums of `pages`. `None`: it would have to wait.
     pub fn checksums(&self, pages: PageRange, wait: Wait, into: &mut [u64]) -> Result<Option<()>, ReadError> {
-        let read = |offset, block: &mut [u8], page| self.read_at(offset, block, page, wait);
-        let damaged = |page| ReadError::Corrupt {
-            page,
-            path: self.path.clone(),
-        };
-        self.checksums.get(pages, into, read, damaged)
-    }
-
-    /// The checksums of all pages of a block of the table, read from the file and checked, also where they are known to be
-    /// zero.
-    pub(crate) fn reread_checksums(&self, block: u64) -> Result<Block, ReadError> {
-        let page = PageIndex(block * CHECKSUMS_PER_BLOCK);
-        let damaged = || ReadError::Corrupt {
-            page,
-            path: self.path.clone(),
-        };
-        let read = |offset, bytes: &mut [u8]| self.read_at(offset, bytes, page, Wait::Yes);
-        self.checksums
-            .read_block(block, read, damaged)?
-            .ok_or_else(damaged)
-    }
-
-    /// Reads `pages` into `buffer` and checks nothing. `None`: it would have to wait.
-    pub fn read(&self, pages: PageRange, wait: Wait, buffer: &mut [u8]) -> Result<Option<()>, ReadError> {
-        self.read_at(
-            pages.start.byte_offset(),
-            &mut buffer[..pages.bytes()],
-            pages.start,
-            wait,
-        )
-    }
-
-    /// Whether `content` is what belongs to `page`, whose checksum is `expected`.
-    pub fn check(&self, page: PageIndex, content: &[u8], expected: u64) -> Result<(), ReadError> {
-        if checksum(content) == expected {
-            Ok(())
-        } else {
-            Err(ReadError::Corrupt {
-                page,
-                path: self.path.clone(),
-            })
-        }
-    }
-
-    /// Fills `buffer` from `offset`, for the sake of `page`.
-    fn read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        page: PageIndex,
-        wait: Wait,
-    ) -> Result<Option<()>, ReadError> {
-        let flags = match wait {
-            Wait::No if !self.in_memory => ReadWriteFlags::NOWAIT,
-            _ => ReadWriteFlags::empty(),
-        };
-        let mut done = 0;
-        while done < buffer.len() {
-            let rest = io::IoSliceMut::new(&mut buffer[done..]);
-            match rustix::io::preadv2(self.file.as_fd(), &mut [rest], offset + done as u64, flags) {
-                // Without waiting an empty answer may also mean "not here"; whoever may wait finds out.
-                Ok(0) | Err(Errno::AGAIN | Errno::OPNOTSUPP) if wait == Wait::No => return Ok(None),
-                Ok(0) => {
-                    return Err(ReadError::Truncated {
-                        page,
-                        path: self.path.clone(),
-                    });
-                }
-                Ok(count) => done += count,
-                Err(Errno::INTR) => {}
-                Err(errno) => {
-                    return Err(ReadError::Io {
-                        page,
-                        path: self.path.clone(),
-                        source: errno.into(),
-                    });
-                }
+        for (layer, run) in self.runs(pages) {
+            let into = &mut into[(run.start.0 - pages.start.0) as usize..][..run.count as usize];
+            if layer.checksums(run, wait, into)?.is_none() {
+                return Ok(None);
             }
         }
         Ok(Some(()))
     }
+
+    /// Reads `pages` into `buffer` and checks nothing. `None`: it would have to wait.
+    pub fn read(&self, pages: PageRange, wait: Wait, buffer: &mut [u8]) -> Result<Option<()>, ReadError> {
+        for (layer, run) in self.runs(pages) {
+            let buffer = &mut buffer[(run.start.0 - pages.start.0) as usize * PAGE_SIZE..][..run.bytes()];
+            if layer.read(run, wait, buffer)?.is_none() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    }
+
+    /// Whether `content` is what belongs to `page`, whose checksum is `expected`.
+    pub fn check(&self, page: PageIndex, content: &[u8], expected: u64) -> Result<(), ReadError> {
+        let (layer, _) = self.run(PageRange::single(page));
+        layer.check(page, content, expected)
+    }
 }
 
-/// f_type of tmpfs and ramfs, as in statfs(2).
-const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+/// The base of `layer`, over which `above` lie. `None`: it needs none.
+fn open_base(layer: &Layer, above: &[Layer]) -> Result<Option<Layer>, OpenError> {
+    let Some((path, expected)) = layer.base() else {
+        return Ok(None);
+    };
+    let of = layer.path().to_path_buf();
+    if above.len() + 1 == MAX_LAYERS {
+        let path = above.first().unwrap_or(layer).path().to_path_buf();
+        return Err(OpenError::TooManyLayers { path });
+    }
+    let base = match Layer::open(path) {
+        Ok(base) => base,
+        Err(source) => {
+            let source = source.into();
+            return Err(OpenError::Base { path: of, source });
+        }
+    };
+    if above.iter().chain([layer]).any(|layer| layer.is_same_file(&base)) {
+        return Err(OpenError::Loop { path: of });
+    }
+    if base.footer().digest != *expected {
+        return Err(OpenError::OtherBase {
+            path: of,
+            expected: *expected,
+            base: path.to_path_buf(),
+            found: base.footer().digest,
+        });
+    }
+    if base.pages() != layer.pages() {
+        let what = format!("it has {} pages and its base has {}", layer.pages(), base.pages());
+        return Err(OpenError::Corrupt { path: of, what });
+    }
+    Ok(Some(base))
+}

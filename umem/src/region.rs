@@ -310,6 +310,19 @@ impl Region {
         Ok(run.map(|run| PageRange::new(page(run.start), page(run.end).0 - page(run.start).0)))
     }
 
+    /// Whether a page is in memory, or swapped out of it, and so has content of its own.
+    pub fn holds(&self, page: PageIndex) -> io::Result<bool> {
+        if let Some(memfd) = &self.memfd {
+            let data = Self::next_data(memfd, PageRange::single(page))?;
+            return Ok(data.is_some_and(|run| run.start <= page));
+        }
+        let address = self.addresses(PageRange::single(page)).start.0;
+        let mut entry = [0; 8];
+        // One entry a page; bits 62 and 63 say that it is swapped out or present (Linux Documentation/admin-guide/mm/pagemap.rst).
+        File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, address / PAGE_SIZE as u64 * 8)?;
+        Ok(u64::from_le_bytes(entry) >> 62 != 0)
+    }
+
     /// Reads `pages` into `buffer`, which is as long: pages none of which is still to be loaded, and to which nobody writes
     /// meanwhile. Of a memfd nothing is populated by that.
     pub fn read(&self, pages: PageRange, buffer: &mut [u8]) -> io::Result<()> {

@@ -288,14 +288,18 @@ impl Control {
         let memory = parts
             .memory()
             .ok_or(SnapshotError::WrongState(VmState::Stopped))?;
-        let mut draft = Draft::new(&options.directory, memory, progress)?;
+        let mut draft = Draft::new(&options.directory, options.base.as_deref(), memory, progress)?;
         let since = Instant::now();
         if !was_paused {
             self.park(&parts, options.patience)?;
         }
-        let state = parts
-            .save_state(options.patience)
-            .and_then(|state| draft.write_present().map(|()| state));
+        let mut changes = None;
+        let state = parts.save_state(options.patience).and_then(|state| {
+            // After the state was read, for which KVM may have written to RAM.
+            changes = parts.take_changes()?;
+            draft.write_present(changes.as_ref())?;
+            Ok(state)
+        });
         let paused = if was_paused {
             Duration::ZERO
         } else {
@@ -311,16 +315,21 @@ impl Control {
             (Err(_), Then::Stop) if !was_paused => drop(self.unpark(&parts)),
             _ => {}
         }
+        let digest = complete.as_ref().ok().map(|complete| complete.footer.digest);
+        parts.changes_are(digest, changes.as_ref());
         let Complete {
             path,
             footer,
             absent_pages,
+            tracked,
         } = complete?;
         Ok(SnapshotSummary {
             path,
             pages: footer.pages(),
             data_pages: footer.data_pages,
             absent_pages,
+            own_pages: footer.checksums(),
+            tracked,
             digest: footer.digest,
             paused,
             took: began.elapsed(),

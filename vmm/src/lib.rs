@@ -5,6 +5,7 @@
 //! - [`devices`]: the fixed set of devices on the ports, and the one event loop that serves them;
 //! - [`boot`]: what RAM holds before the first instruction, and the read-only pages outside RAM that lead to it;
 //! - [`memory`], [`ram_source`]: a umem region as guest memory, and who fills it;
+//! - [`dirty`]: which pages of it change;
 //! - [`machine`]: all of it put together and run;
 //! - [`thread_placement`]: on which CPUs vCPUs and pager run;
 //! - [`control`]: a VM that runs, in the hands of other threads;
@@ -20,6 +21,7 @@ pub mod boot;
 pub mod cli;
 pub mod control;
 pub mod devices;
+pub mod dirty;
 pub mod ending;
 pub mod events;
 mod http;

@@ -19,6 +19,7 @@ use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ReadOnlyPages, RomError};
 use crate::control::{Control, Counters, Event};
 use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
+use crate::dirty::{Changes, Tracking};
 use crate::ending::Ending;
 use crate::kvm::{
     AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
@@ -103,6 +104,9 @@ pub struct MachineConfig {
     pub async_pf: AsyncPageFaults,
     /// Where its threads run.
     pub placement: Placement,
+    /// Whether the pages that change are tracked, so that a snapshot that is laid over the one before, or over the image that RAM
+    /// is loaded from, looks at no others.
+    pub track_dirty: bool,
 }
 
 /// Why a VM could not be run, or not to its end.
@@ -209,6 +213,7 @@ pub(crate) struct Parts {
     vm: Arc<Vm>,
     /// After the VM, which may look at it.
     memory: GuestMemory,
+    tracking: Mutex<Tracking>,
 }
 
 impl Parts {
@@ -252,6 +257,24 @@ impl Parts {
                 read_only: self.memory.read_only(),
             }))
         })
+    }
+
+    fn tracking(&self) -> MutexGuard<'_, Tracking> {
+        self.tracking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has changed ([`Tracking::take`]).
+    pub(crate) fn take_changes(&self) -> Result<Option<Changes>, VmError> {
+        self.tracking().take(&self.vm, &self.memory)
+    }
+
+    /// A snapshot was made of RAM as it was when changes were taken last, or none was.
+    pub(crate) fn changes_are(&self, saved: Option<[u8; 32]>, changes: Option<&Changes>) {
+        match (saved, changes) {
+            (Some(digest), _) => self.tracking().saved(digest),
+            (None, Some(changes)) => self.tracking().give_back(changes),
+            (None, None) => {}
+        }
     }
 
     /// Where the pages of RAM are; `None` at the end.
@@ -320,6 +343,7 @@ fn run_to_the_end(
     // SAFETY: nothing that the guest could see goes away while a vCPU may run: at the end of this function all vCPUs are closed,
     // or the memory is never given back. (The pager goes before the VM does, whose end may wait for pages.)
     unsafe { memory.map_into(&vm) }?;
+    let tracking = Tracking::start(config.track_dirty, config.source.exact_digest(), &vm, &memory)?;
     clock.lap("slots");
 
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
@@ -340,12 +364,7 @@ fn run_to_the_end(
         .map(|saved| Restore::new(saved, &host, &vm, &bus))
         .transpose()?;
     clock.lap("vcpus");
-    tracing::info!(
-        source = config.source.url(),
-        bytes = config.ram.size(),
-        vcpus = config.cpus,
-        "starting with no page of RAM populated"
-    );
+    log_start(config);
     let on_first_instruction = {
         let control = control.clone();
         move || control.started()
@@ -364,6 +383,7 @@ fn run_to_the_end(
         pager: Mutex::new(Some(pager)),
         vm,
         memory,
+        tracking: Mutex::new(tracking),
     });
     control.attach(&parts);
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
@@ -412,6 +432,15 @@ fn run_to_the_end(
         return Err(error);
     }
     outcome(ending?, failure.get(), recorded)
+}
+
+fn log_start(config: &MachineConfig) {
+    tracing::info!(
+        source = config.source.url(),
+        bytes = config.ram.size(),
+        vcpus = config.cpus,
+        "starting with no page of RAM populated"
+    );
 }
 
 impl MachineConfig {

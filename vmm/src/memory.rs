@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use umem::region::Region;
+use umem::units::{PageIndex, PageRange};
 use vm_memory::GuestAddress;
 
-use crate::address_map::RamMap;
+use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::ReadOnlyPages;
 use crate::kvm::{Vm, VmError};
 
@@ -24,12 +25,26 @@ impl GuestMemory {
         Self { ram, map, read_only }
     }
 
+    /// The memory slots that RAM has in a VM, each with the pages in it.
+    pub fn ram_slots(&self) -> impl Iterator<Item = (u32, PageRange)> + use<> {
+        // Of a VM RAM has the first slots.
+        (0..).zip(self.map.ranges()).map(|(slot, range)| {
+            let start = PageIndex::containing(range.offset);
+            (slot, PageRange::new(start, range.size / PAGE_SIZE))
+        })
+    }
+
+    /// How many pages RAM has.
+    pub fn ram_pages(&self) -> u64 {
+        self.map.size() / PAGE_SIZE
+    }
+
     /// The pages outside RAM.
     pub fn read_only(&self) -> &[ReadOnlyPages] {
         &self.read_only
     }
 
-    /// Shows it to the guest of `vm`.
+    /// Shows it to the guest of `vm`, RAM in the first slots.
     ///
     /// # Safety
     ///

@@ -49,6 +49,14 @@ impl RamSource {
         }
     }
 
+    /// The identity of the image of which every page is, if there is one.
+    pub fn exact_digest(&self) -> Option<[u8; 32]> {
+        match self {
+            Self::Source(source) => source.exact_digest(),
+            Self::Pager(pager) => Some(pager.digest).filter(|_| pager.own_pages.is_empty()),
+        }
+    }
+
     /// Begins to serve `region`.
     pub(crate) fn serve(
         &self,

@@ -6,6 +6,7 @@
 //! **Which version reads which**: this program reads the version that it writes, and the one before. What a version means never
 //! changes, so a field that is missing, or one too many, is damage.
 
+mod incremental;
 mod save;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +21,7 @@ use crate::boot::{ReadOnlyPages, RomError};
 use crate::devices::DeviceState;
 use crate::kvm::{Blob, ChipsetState, CpuMismatch, CpuModel, VcpuState};
 
+pub use self::incremental::BaseError;
 pub(crate) use self::save::{Complete, Draft, Memory};
 pub use self::save::{SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then};
 

@@ -48,6 +48,7 @@ fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineCo
         cpus,
         async_pf: AsyncPageFaults::Off,
         placement: Placement::Free,
+        track_dirty: false,
     }
 }
 

@@ -5,21 +5,21 @@
 //! every read; from then on each page is compared with its checksum before it is sent. Damage that leaves no such trace is
 //! found by the fetchers, to whom the checksums are sent with the pages.
 
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::fstat;
 
-use crate::image::{FOOTER_SIZE, Footer, Image, ReadError, Wait};
+use crate::image::{Image, Layer, ReadError, Wait};
 use crate::units::{PAGE_SIZE, PageRange};
 
 #[derive(Debug)]
 pub(super) struct Served {
     pub(super) name: String,
     pub(super) image: Arc<Image>,
-    state: State,
-    /// Somebody has written to the file, or may have.
+    /// Of each layer, when it was opened.
+    states: Vec<State>,
+    /// Somebody has written to a file of it, or may have.
     altered: AtomicBool,
     /// It was seen that what is there is not what was.
     damaged: AtomicBool,
@@ -33,8 +33,8 @@ struct State {
 }
 
 impl State {
-    fn of(image: &Image) -> rustix::io::Result<Self> {
-        let stat = fstat(&image.file)?;
+    fn of(layer: &Layer) -> rustix::io::Result<Self> {
+        let stat = fstat(&layer.file)?;
         Ok(Self {
             size: stat.st_size,
             changed: (stat.st_mtime, stat.st_mtime_nsec),
@@ -46,20 +46,17 @@ impl Served {
     pub(super) fn new(name: String, image: Arc<Image>) -> rustix::io::Result<Self> {
         Ok(Self {
             name,
-            state: State::of(&image)?,
+            states: image.layers().map(State::of).collect::<Result<_, _>>()?,
             image,
             altered: AtomicBool::new(false),
             damaged: AtomicBool::new(false),
         })
     }
 
-    /// Whether a new client may have it. Looks at the file only if it was written to.
+    /// Whether a new client may have it. Looks at its files only if one was written to.
     pub(super) fn is_sound(&self) -> bool {
-        if !self.damaged.load(Relaxed) && self.is_altered() {
-            let size = fstat(&self.image.file).map(|stat| stat.st_size);
-            if size != Ok(self.state.size) || !self.footer_is_there() {
-                self.damage();
-            }
+        if !self.damaged.load(Relaxed) && self.is_altered() && !self.ends_are_there() {
+            self.damage();
         }
         !self.damaged.load(Relaxed)
     }
@@ -109,7 +106,8 @@ impl Served {
         if self.altered.load(Relaxed) {
             return true;
         }
-        let altered = State::of(&self.image) != Ok(self.state);
+        let mut layers = self.image.layers().zip(&self.states);
+        let altered = layers.any(|(layer, state)| State::of(layer) != Ok(*state));
         if altered && !self.altered.swap(true, Relaxed) {
             tracing::warn!(
                 image = self.name,
@@ -120,11 +118,12 @@ impl Served {
         altered
     }
 
-    /// Whether the file's end is what it was: another image that was written over it has another footer.
-    fn footer_is_there(&self) -> bool {
-        let mut bytes = [0; FOOTER_SIZE];
-        let at = self.state.size as u64 - FOOTER_SIZE as u64;
-        self.image.file.read_exact_at(&mut bytes, at).is_ok()
-            && Footer::decode(&bytes).is_ok_and(|footer| footer == *self.image.footer())
+    /// Whether the end of each file is what and where it was: another image that was written over one has another footer.
+    fn ends_are_there(&self) -> bool {
+        let mut layers = self.image.layers().zip(&self.states);
+        layers.all(|(layer, state)| {
+            let size = State::of(layer).map(|state| state.size);
+            size == Ok(state.size) && layer.footer_is_there(state.size as u64)
+        })
     }
 }

@@ -226,6 +226,10 @@ impl PageSource for DelayedSource {
         self.shared.inner.digest()
     }
 
+    fn exact_digest(&self) -> Option<[u8; 32]> {
+        self.shared.inner.exact_digest()
+    }
+
     fn attach(&self, sink: Weak<dyn PageSink>) {
         self.shared.inner.attach(Weak::clone(&sink));
         // Called once.

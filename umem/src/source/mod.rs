@@ -101,6 +101,12 @@ pub trait PageSource: Send + Sync {
     /// The identity of the content: two sources with the same one hold the same pages. `None`: it has none.
     fn digest(&self) -> Option<[u8; 32]>;
 
+    /// The identity of the content if no page is another than in the image that has this digest, as it may be where something is
+    /// laid over an image.
+    fn exact_digest(&self) -> Option<[u8; 32]> {
+        self.digest()
+    }
+
     /// Where pages go that are submitted. Called once, before anything else is asked.
     fn attach(&self, _sink: Weak<dyn PageSink>) {}
 

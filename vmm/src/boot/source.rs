@@ -104,6 +104,10 @@ impl PageSource for LayoutSource {
         self.base.digest()
     }
 
+    fn exact_digest(&self) -> Option<[u8; 32]> {
+        None
+    }
+
     fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
         let layout = &self.layout;
         let over = |base| -> Arc<dyn PageSource> {

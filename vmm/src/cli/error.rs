@@ -170,13 +170,11 @@ impl CommandError {
                 source: StateError::NotASnapshot,
                 ..
             }
-            | Self::Layout(_)
-            | Self::OpenImage(image::OpenError::Io { .. }) => exit_code::USAGE,
-            Self::OpenImage(_)
-            | Self::Metadata { .. }
-            | Self::Snapshot { .. }
-            | Self::CorruptImage(_)
-            | Self::ReadImage(_) => exit_code::CORRUPT,
+            | Self::Layout(_) => exit_code::USAGE,
+            Self::OpenImage(error) => open_exit_code(error),
+            Self::Metadata { .. } | Self::Snapshot { .. } | Self::CorruptImage(_) | Self::ReadImage(_) => {
+                exit_code::CORRUPT
+            }
             Self::WriteImage(error) => write_exit_code(error),
             Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
@@ -185,6 +183,20 @@ impl CommandError {
             Self::HostLacks(_) => exit_code::HOST,
             Self::Remote(_) | Self::Attach(_) => exit_code::SOURCE_LOST,
         }
+    }
+}
+
+/// A file that is not there, or another than was meant, is a matter of what was asked for.
+fn open_exit_code(error: &image::OpenError) -> u8 {
+    match error {
+        image::OpenError::Io { .. }
+        | image::OpenError::OtherBase { .. }
+        | image::OpenError::TooManyLayers { .. } => exit_code::USAGE,
+        image::OpenError::Base { source, .. } => open_exit_code(source),
+        image::OpenError::NotAnImage { .. }
+        | image::OpenError::Version { .. }
+        | image::OpenError::Corrupt { .. }
+        | image::OpenError::Loop { .. } => exit_code::CORRUPT,
     }
 }
 
@@ -259,7 +271,10 @@ fn pager_exit_code(error: &PagerError) -> u8 {
 
 fn write_exit_code(error: &WriteError) -> u8 {
     match error {
-        WriteError::Exists { .. } | WriteError::Metadata { .. } => exit_code::USAGE,
+        WriteError::Exists { .. }
+        | WriteError::Metadata { .. }
+        | WriteError::TooManyLayers { .. }
+        | WriteError::BasePath { .. } => exit_code::USAGE,
         WriteError::Create { source, .. } if is_path_error(source) => exit_code::USAGE,
         WriteError::Create { .. } | WriteError::Write { .. } => exit_code::RUNTIME,
     }

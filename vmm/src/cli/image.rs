@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::{Args, Subcommand};
 use guest::fingerprint::Fingerprint;
-use umem::image::{Image, ImageWriter};
+use umem::image::{Image, ImageWriter, Layer};
 use umem::publish::Existing;
 use umem::units::{PAGE_SIZE, PageIndex};
 
@@ -22,7 +22,7 @@ pub(super) enum ImageVerb {
     Create(CreateOptions),
     /// Say what is in an image
     Info(InfoOptions),
-    /// Read every byte of an image and check it
+    /// Read every byte of an image, and of all that it is laid over, and check it
     Verify(VerifyOptions),
 }
 
@@ -182,18 +182,13 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     if options.json {
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest.as_str(), "metadata": metadata,
+            "digest": digest.as_str(), "layers": image.layers().map(describe).collect::<Vec<_>>(), "metadata": metadata,
         });
         say!("{object:#}");
         return Ok(());
     }
     say!("image         {path}");
-    say!(
-        "RAM           {} ({} pages, {} hold something)",
-        Size(footer.ram_size),
-        image.pages(),
-        footer.data_pages
-    );
+    say_ram(&image)?;
     say!("kernel        {}", metadata.kernel);
     say!(
         "entry         {:?} at {:#x}",
@@ -204,6 +199,44 @@ fn info(options: &InfoOptions) -> Result<(), CommandError> {
     say!("fill          {}", metadata.fill.as_deref().unwrap_or("none"));
     say!("digest        {digest}");
     Ok(())
+}
+
+/// How much RAM is in an image, and in which files.
+fn say_ram(image: &Image) -> Result<(), CommandError> {
+    let footer = image.footer();
+    match &footer.base {
+        None => say!(
+            "RAM           {} ({} pages, {} hold something)",
+            Size(footer.ram_size),
+            image.pages(),
+            footer.data_pages
+        ),
+        Some(base) => say!(
+            "RAM           {} ({} pages, {} are not the base's, {} of them hold something)",
+            Size(footer.ram_size),
+            image.pages(),
+            base.own_pages,
+            footer.data_pages
+        ),
+    }
+    for layer in image.layers().skip(1) {
+        say!(
+            "over          {} ({} pages, digest {})",
+            layer.path().display(),
+            layer.footer().checksums(),
+            blake3::Hash::from_bytes(layer.footer().digest)
+        );
+    }
+    Ok(())
+}
+
+/// A file of an image, for programs.
+fn describe(layer: &Layer) -> serde_json::Value {
+    let footer = layer.footer();
+    serde_json::json!({
+        "file": layer.path(), "own_pages": footer.checksums(), "data_pages": footer.data_pages,
+        "digest": blake3::Hash::from_bytes(footer.digest).to_hex().as_str(),
+    })
 }
 
 fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandError> {
@@ -219,7 +252,7 @@ fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandErro
     if options.json {
         let object = serde_json::json!({
             "image": path, "ram_size": footer.ram_size, "pages": image.pages(), "data_pages": footer.data_pages,
-            "digest": digest.as_str(),
+            "digest": digest.as_str(), "layers": image.layers().map(describe).collect::<Vec<_>>(),
             "snapshot": {
                 "version": state.version(), "created": state.created(), "cpus": state.cpus(),
                 "cpu_vendor": state.cpu().vendor(), "async_pf": state.async_pf(),
@@ -229,12 +262,7 @@ fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandErro
         return Ok(());
     }
     say!("snapshot      {path}");
-    say!(
-        "RAM           {} ({} pages, {} hold something)",
-        Size(footer.ram_size),
-        image.pages(),
-        footer.data_pages
-    );
+    say_ram(image)?;
     say!("vCPUs         {} of {}", state.cpus(), state.cpu().vendor());
     say!("async_pf      {}", if state.async_pf() { "on" } else { "off" });
     say!("created       {} s after 1970 began", state.created());
@@ -244,13 +272,24 @@ fn snapshot_info(options: &InfoOptions, image: &Image) -> Result<(), CommandErro
 
 fn verify(path: &Path) -> Result<(), CommandError> {
     let image = Image::open(path)?;
-    let progress = progress::bar("verifying", image.footer().ram_size);
-    let verified = image.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
+    let mut damaged = None;
+    // All of them, so that one hears of everything that is wrong.
+    for layer in image.layers() {
+        if let Err(error) = verify_layer(layer) {
+            damaged.get_or_insert(error);
+        }
+    }
+    damaged.map_or(Ok(()), Err)
+}
+
+fn verify_layer(layer: &Layer) -> Result<(), CommandError> {
+    let progress = progress::bar("verifying", layer.footer().ram_size);
+    let verified = layer.verify(|pages| progress.set_position(pages * PAGE_SIZE as u64))?;
     progress.finish_and_clear();
     for page in &verified.corrupt {
         say!("page={page} offset={:#x} wrong", page.byte_offset());
     }
-    let path = path.display();
+    let path = layer.path().display();
     if verified.corrupt_count > 0 {
         return Err(CommandError::CorruptImage(format!(
             "image '{path}' is corrupt: {} of its pages do not match their checksums, the first is page {}",
@@ -264,7 +303,7 @@ fn verify(path: &Path) -> Result<(), CommandError> {
     }
     say!(
         "{path}: {} pages right, {} of them hold something",
-        image.pages(),
+        layer.footer().checksums(),
         verified.data_pages
     );
     Ok(())

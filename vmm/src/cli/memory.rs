@@ -19,7 +19,7 @@ use crate::working_set;
 pub(super) const MEMORY_SYNTAX: &str = "size=N,source=zero:|file:IMAGE|unix:PATH[#NAME]|tcp:HOST:PORT[/NAME]|attach:PATH[#NAME],source-timeout=30s,\
                              connections=N,lz4=on|off,tls-dir=DIR,\
                              backing=memfd|anonymous,hugepages=on|off,fill=off|sequential|near-faults|recorded,working-set=FILE,\
-                             stripes=N,checksums=on|off,source-delay=TIME|MIN-MAX,source-delay-seed=N";
+                             stripes=N,checksums=on|off,track-dirty=on|off,source-delay=TIME|MIN-MAX,source-delay-seed=N";
 pub(super) const NO_TCP: &str = "--memory tls-dir= is for sources over TCP (tcp:HOST:PORT), and there is none: a Unix socket is guarded by its \
                       file's permissions and needs no TLS";
 /// More userfaultfds would serve nobody: one is enough for many vCPUs.
@@ -44,6 +44,7 @@ pub(super) struct MemoryOptions {
     /// Userfaultfds that RAM is divided among.
     pub(super) stripes: usize,
     pub(super) checksums: Checksums,
+    pub(super) track_dirty: bool,
     /// For experiments: how late pages come.
     pub(super) delay: Option<Delay>,
 }
@@ -79,6 +80,7 @@ impl MemoryOptions {
             working_set: None,
             stripes: 1,
             checksums: Checksums::On,
+            track_dirty: false,
             delay: None,
         };
         let Some(text) = text else { return Ok(options) };
@@ -95,6 +97,7 @@ impl MemoryOptions {
             "working-set",
             "stripes",
             "checksums",
+            "track-dirty",
             "source-delay",
             "source-delay-seed",
         ];
@@ -124,6 +127,7 @@ impl MemoryOptions {
             .unwrap_or(options.stripes);
         let check = given.choose("checksums", &SWITCH)?.unwrap_or(true);
         options.checksums = if check { Checksums::On } else { Checksums::Off };
+        options.track_dirty = given.choose("track-dirty", &SWITCH)?.unwrap_or(false);
         let seed: Option<u64> = given.get("source-delay-seed")?;
         let delay = given.get("source-delay")?;
         if let (Some(seed), None) = (seed, &delay) {

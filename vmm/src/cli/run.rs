@@ -211,6 +211,7 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         cpus: guest.cpus,
         async_pf: guest.async_pf,
         placement: cpus.placement,
+        track_dirty: memory.track_dirty,
     })
 }
 

@@ -1,13 +1,23 @@
 //! A VM: its memory slots, interrupt controllers and timer.
 
-use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_clear_dirty_log, kvm_enable_cap, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 use vm_memory::GuestAddress;
-use vmm_sys_util::{errno, eventfd::EventFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::{errno, eventfd::EventFd, ioctl_iowr_nr};
 
 use super::Host;
-use crate::address_map::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::address_map::{KVM_IDENTITY_MAP, KVM_TSS, PAGE_SIZE};
+
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// APIC IDs are 8 bits wide in the tables and in CPUID leaf 1, and 0xff addresses all (Intel SDM volume 3, 12.6.2.1).
 const VCPUS_MAX: usize = 255;
@@ -38,6 +48,19 @@ pub enum VmError {
         /// What KVM answered.
         source: errno::Error,
     },
+    /// There is nothing in a memory slot.
+    #[error("the VM has no memory slot {0}")]
+    NoSlot(u32),
+    /// Writes to a slot are not logged.
+    #[error("KVM cannot {act} the writes to memory slot {slot}")]
+    DirtyLog {
+        /// What it was to do.
+        act: &'static str,
+        /// The slot.
+        slot: u32,
+        /// What KVM answered.
+        source: errno::Error,
+    },
     /// An interrupt line cannot be tied to an event.
     #[error("KVM cannot tie an event to interrupt line {line}")]
     Irqfd {
@@ -53,6 +76,10 @@ pub enum VmError {
 pub struct Vm {
     fd: VmFd,
     max_vcpus: usize,
+    /// What is in each slot.
+    slots: Mutex<BTreeMap<u32, kvm_userspace_memory_region>>,
+    /// Reading a dirty log does not clear it: `KVM_CLEAR_DIRTY_LOG` does.
+    cleared_apart: bool,
 }
 
 impl Vm {
@@ -72,9 +99,12 @@ impl Vm {
             ..Default::default()
         })
         .map_err(chipset("interval timer"))?;
+        let cleared_apart = clear_dirty_log_apart(&fd);
         Ok(Self {
             fd,
             max_vcpus: Self::max_vcpus_on(host),
+            slots: Mutex::default(),
+            cleared_apart,
         })
     }
 
@@ -107,13 +137,69 @@ impl Vm {
             memory_size: size,
             userspace_addr: host as u64,
         };
+        let mut slots = self.slots();
         // SAFETY: the caller vouches for the memory; the structure is a valid one.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(|source| VmError::Map {
             slot,
             guest: guest.0,
             size,
             source,
-        })
+        })?;
+        if size == 0 {
+            slots.remove(&slot);
+        } else {
+            slots.insert(slot, region);
+        }
+        Ok(())
+    }
+
+    /// Logs writes to a slot from now on, or does not any more. The log begins empty.
+    pub fn log_dirty_pages(&self, slot: u32, on: bool) -> Result<(), VmError> {
+        let mut slots = self.slots();
+        let region = slots.get_mut(&slot).ok_or(VmError::NoSlot(slot))?;
+        let mut changed = *region;
+        if on {
+            changed.flags |= KVM_MEM_LOG_DIRTY_PAGES;
+        } else {
+            changed.flags &= !KVM_MEM_LOG_DIRTY_PAGES;
+        }
+        // SAFETY: but for the flag it is what the slot is already, for which whoever mapped it vouches.
+        unsafe { self.fd.set_user_memory_region(changed) }.map_err(|source| VmError::DirtyLog {
+            act: if on { "log" } else { "stop logging" },
+            slot,
+            source,
+        })?;
+        *region = changed;
+        Ok(())
+    }
+
+    /// The pages of a slot that were written to since it is logged or since they were last asked for: one bit a page, the lowest
+    /// first. A page that is written to while it is asked for is in this answer or in the next, or in both.
+    pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, VmError> {
+        let slots = self.slots();
+        let size = slots.get(&slot).ok_or(VmError::NoSlot(slot))?.memory_size;
+        let failed = |act| move |source| VmError::DirtyLog { act, slot, source };
+        let log = self.fd.get_dirty_log(slot, size as usize);
+        let mut log = log.map_err(failed("tell"))?;
+        if self.cleared_apart && log.iter().any(|word| *word != 0) {
+            let clear = kvm_clear_dirty_log {
+                slot,
+                num_pages: (size / PAGE_SIZE) as u32,
+                first_page: 0,
+                __bindgen_anon_1: kvm_bindings::kvm_clear_dirty_log__bindgen_ty_1 {
+                    dirty_bitmap: log.as_mut_ptr().cast(),
+                },
+            };
+            // SAFETY: KVM reads a bit for each page of the slot, and `log` has as many.
+            if unsafe { ioctl_with_ref(&self.fd, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
+                return Err(failed("forget")(errno::Error::last()));
+            }
+        }
+        Ok(log)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<u32, kvm_userspace_memory_region>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on every write to `event` raises interrupt line `line` once (edge).
@@ -132,6 +218,18 @@ impl Vm {
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }
+}
+
+/// Has pages that are taken from a dirty log write-protected page by page when they are taken, and not all of them at once before
+/// (Linux 5.0). Says whether it is so now.
+fn clear_dirty_log_apart(fd: &VmFd) -> bool {
+    let offered = fd.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+    let mut wanted = kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        ..Default::default()
+    };
+    wanted.args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.into();
+    offered > 0 && fd.enable_cap(&wanted).is_ok()
 }
 
 /// `KVM_CREATE_VM` waits interruptibly (for a kernel thread of its own), so a signal at the wrong moment is no failure.

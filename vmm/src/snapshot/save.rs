@@ -3,6 +3,8 @@
 //! The guest stands still while its state is read and while the pages that it has are written. The pages that are still to be
 //! loaded are written after it runs again: what they hold is the source's, which no guest changes. They are read from the source
 //! itself and never touched in the guest's memory, so a snapshot loads nothing and waits for no vCPU's page.
+//!
+//! A snapshot with a base is written as a layer over that: see `incremental`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,9 +18,11 @@ use umem::source::{Class, Content, PageSink, PageSource, SourceError};
 use umem::states::{PageState, PageStates};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
+use super::incremental::{Base, BaseError};
 use super::{FILE_NAME, SnapshotState, StateError};
 use crate::control::{PATIENCE, PauseError, VmState};
-use crate::kvm::{ChipsetStateError, HostError, MsrError, VcpuStateError};
+use crate::dirty::Changes;
+use crate::kvm::{ChipsetStateError, HostError, MsrError, VcpuStateError, VmError};
 use crate::machine::ParkError;
 
 /// Pages read at a time.
@@ -34,6 +38,9 @@ pub struct SnapshotOptions {
     pub then: Then,
     /// How long vCPUs may take to stop.
     pub patience: Duration,
+    /// The snapshot, a directory or a file, whose pages are not stored again: the new one is a layer over it, and is of no use
+    /// without it.
+    pub base: Option<PathBuf>,
 }
 
 impl SnapshotOptions {
@@ -43,6 +50,7 @@ impl SnapshotOptions {
             directory: directory.into(),
             then: Then::GoOn,
             patience: PATIENCE,
+            base: None,
         }
     }
 }
@@ -76,6 +84,10 @@ pub struct SnapshotSummary {
     pub data_pages: u64,
     /// Of all pages those that were still at the source.
     pub absent_pages: u64,
+    /// Pages in the file: all, or with a base those that are not the base's.
+    pub own_pages: u64,
+    /// Every page that could have changed since the base was known, so that no other was compared with it.
+    pub tracked: bool,
     /// Its identity.
     pub digest: [u8; 32],
     /// How long the guest stood still for it; nothing, if it was paused anyway.
@@ -125,6 +137,17 @@ pub enum SnapshotError {
     /// It cannot be written.
     #[error("cannot write the snapshot")]
     Write(#[from] WriteError),
+    /// The snapshot to be laid over is none that can be.
+    #[error("cannot lay a snapshot over '{}'", path.display())]
+    Base {
+        /// The base.
+        path: PathBuf,
+        /// Why.
+        source: Box<BaseError>,
+    },
+    /// KVM does not say which pages have changed.
+    #[error("cannot tell which pages have changed")]
+    Changes(#[from] VmError),
     /// The guest's memory cannot be read.
     #[error("cannot read guest memory")]
     Memory(#[source] io::Error),
@@ -156,6 +179,8 @@ pub(crate) struct Draft<'a> {
     writer: ImageWriter,
     directory: NewDirectory,
     memory: Memory,
+    /// What it is laid over.
+    base: Option<Base>,
     /// Units that were not settled when the guest stood still.
     absent: Vec<PageRange>,
     done: u64,
@@ -167,6 +192,7 @@ impl<'a> Draft<'a> {
     /// Begins, while the guest still runs: what cannot be written is known before it stands still.
     pub(crate) fn new(
         directory: &Path,
+        base: Option<&Path>,
         memory: Memory,
         progress: &'a mut dyn FnMut(SnapshotProgress),
     ) -> Result<Self, SnapshotError> {
@@ -174,11 +200,18 @@ impl<'a> Draft<'a> {
             path: directory.to_path_buf(),
             source,
         })?;
-        let writer = ImageWriter::create(&directory.path.join(FILE_NAME), memory.region.size())?;
+        let path = directory.path.join(FILE_NAME);
+        let base = base.map(|base| Base::open(base, &path, memory.region.pages()));
+        let base = base.transpose()?;
+        let writer = match &base {
+            None => ImageWriter::create(&path, memory.region.size())?,
+            Some(base) => ImageWriter::create_layer(&path, base.image())?,
+        };
         Ok(Self {
             writer,
             directory,
             memory,
+            base,
             absent: Vec::new(),
             done: 0,
             progress,
@@ -186,14 +219,18 @@ impl<'a> Draft<'a> {
         })
     }
 
-    /// Writes what the guest, which stands still, has of its memory. What it has not is remembered.
-    pub(crate) fn write_present(&mut self) -> Result<(), SnapshotError> {
+    /// Writes what the guest, which stands still, has of its memory. What it has not is remembered. `changes` is what is known of
+    /// what has changed.
+    pub(crate) fn write_present(&mut self, changes: Option<&Changes>) -> Result<(), SnapshotError> {
         let states = Arc::clone(&self.memory.states);
         let all = states.all();
+        if let Some(base) = &mut self.base {
+            base.know(changes, self.memory.source.as_deref());
+        }
         // Before anything is read: a page that arrives from now on is not looked at in memory, and holds what the source has.
-        self.absent = unsettled(&states);
+        self.absent = absent(&states, &self.memory.region).map_err(SnapshotError::Memory)?;
         let absent: u64 = self.absent.iter().map(|run| run.count).sum();
-        if absent > 0 && self.memory.source.is_none() {
+        if absent > 0 && self.memory.source.is_none() && !self.has_absent_pages() {
             return Err(SnapshotError::SourceElsewhere(absent));
         }
         let mut at = all.start;
@@ -206,11 +243,34 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
+    /// Whether the base has every page that the guest has not.
+    fn has_absent_pages(&self) -> bool {
+        self.base.as_ref().is_some_and(Base::has_absent_pages)
+    }
+
+    /// Writes what may have changed of pages that the guest has.
     fn write_settled(&mut self, pages: PageRange) -> Result<(), SnapshotError> {
+        let mut rest = pages;
+        loop {
+            let run = match &self.base {
+                None => Some(rest).filter(|rest| rest.count > 0),
+                Some(base) => base.next_changed(rest),
+            };
+            let Some(run) = run else {
+                self.advance(rest.count);
+                return Ok(());
+            };
+            self.advance(run.start.0 - rest.start.0);
+            self.write_memory(run)?;
+            rest = rest.from(run.end());
+        }
+    }
+
+    fn write_memory(&mut self, pages: PageRange) -> Result<(), SnapshotError> {
         let region = Arc::clone(&self.memory.region);
         let mut rest = pages;
         while let Some(run) = region.next_populated(rest).map_err(SnapshotError::Memory)? {
-            self.advance(run.start.0 - rest.start.0);
+            self.write_zero(PageRange::new(rest.start, run.start.0 - rest.start.0))?;
             for step in steps(run) {
                 let buffer = &mut self.buffer[..step.bytes()];
                 region.read(step, buffer).map_err(SnapshotError::Memory)?;
@@ -218,15 +278,17 @@ impl<'a> Draft<'a> {
             }
             rest = rest.from(run.end());
         }
-        self.advance(rest.count);
-        Ok(())
+        self.write_zero(rest)
     }
 
     /// Writes what is still at the source, and completes the snapshot with the VM's state. Meanwhile the guest may run.
     pub(crate) fn complete(mut self, state: &SnapshotState) -> Result<Complete, SnapshotError> {
         let metadata = state.encode()?;
         let absent = std::mem::take(&mut self.absent);
-        if let (Some(source), false) = (&self.memory.source, absent.is_empty()) {
+        let absent_pages = absent.iter().map(|run| run.count).sum();
+        if self.has_absent_pages() {
+            self.advance(absent_pages);
+        } else if let (Some(source), false) = (&self.memory.source, absent.is_empty()) {
             let source = Beside::open(source)?;
             for run in &absent {
                 self.write_from(&source, *run)?;
@@ -238,7 +300,8 @@ impl<'a> Draft<'a> {
         Ok(Complete {
             path,
             footer,
-            absent_pages: absent.iter().map(|run| run.count).sum(),
+            absent_pages,
+            tracked: self.base.is_some_and(|base| base.is_tracked()),
         })
     }
 
@@ -246,25 +309,45 @@ impl<'a> Draft<'a> {
         let mut rest = pages;
         while let Some(run) = source.next_data(rest)? {
             let run = run.from(rest.start);
-            self.advance(run.start.0 - rest.start.0);
+            self.write_zero(PageRange::new(rest.start, run.start.0 - rest.start.0))?;
             for step in steps(run) {
                 let buffer = &mut self.buffer[..step.bytes()];
                 match source.read(step, buffer)? {
-                    Content::Zero => self.advance(step.count),
+                    Content::Zero => self.write_zero(step)?,
                     Content::Data => self.write(step)?,
                 }
             }
             rest = rest.from(run.end());
         }
-        self.advance(rest.count);
-        Ok(())
+        self.write_zero(rest)
     }
 
     /// Writes `pages`, which are in the buffer.
     fn write(&mut self, pages: PageRange) -> Result<(), SnapshotError> {
         let (contents, _) = self.buffer[..pages.bytes()].as_chunks::<PAGE_SIZE>();
         for (page, content) in pages.pages().zip(contents) {
-            self.writer.write_page(page, content)?;
+            let known = match &mut self.base {
+                None => false,
+                Some(base) => base.has(page, content)?,
+            };
+            if !known {
+                self.writer.write_page(page, content)?;
+            }
+        }
+        self.advance(pages.count);
+        Ok(())
+    }
+
+    /// Writes `pages`, which are all zero: where the base has something.
+    fn write_zero(&mut self, pages: PageRange) -> Result<(), SnapshotError> {
+        let mut rest = pages;
+        while let Some(base) = &self.base
+            && let Some(run) = base.next_data(rest)?
+        {
+            for page in run.pages() {
+                self.writer.write_page(page, &[0; PAGE_SIZE])?;
+            }
+            rest = rest.from(run.end());
         }
         self.advance(pages.count);
         Ok(())
@@ -286,21 +369,27 @@ pub(crate) struct Complete {
     pub(crate) path: PathBuf,
     pub(crate) footer: Footer,
     pub(crate) absent_pages: u64,
+    pub(crate) tracked: bool,
 }
 
-/// Runs of pages that are still at the source, or on their way from it.
-fn unsettled(states: &PageStates) -> Vec<PageRange> {
+/// Runs of pages that are still at the source, or on their way from it; the guest stands still.
+///
+/// The race: a page is installed, which wakes who waits for it, and is `Present` only after that. The guest may have written to
+/// it in between. So a page that is on its way is absent only if it is not in memory.
+fn absent(states: &PageStates, region: &Region) -> io::Result<Vec<PageRange>> {
     let mut runs: Vec<PageRange> = Vec::new();
     for unit in states.units(states.all()) {
-        if matches!(states.get(unit.start), PageState::Present | PageState::Removed) {
-            continue;
+        match states.get(unit.start) {
+            PageState::Present | PageState::Removed => continue,
+            PageState::InFlight if region.holds(unit.start)? => continue,
+            PageState::InFlight | PageState::Absent => {}
         }
         match runs.last_mut() {
             Some(run) if run.end() == unit.start => run.count += unit.count,
             _ => runs.push(unit),
         }
     }
-    runs
+    Ok(runs)
 }
 
 /// Pieces of at most [`STEP`] pages.
