@@ -1,8 +1,9 @@
 //! A channel: frames over a connection, in both directions.
 
 use std::collections::VecDeque;
-use std::io::{self, BufReader, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::link::Stream;
 use crate::wire::{HEADER_SIZE, Header, Incoming, Message, Outgoing, PagesHead, WireError};
@@ -38,70 +39,175 @@ pub enum ChannelError {
     Protocol(#[from] WireError),
 }
 
-/// Shares a connection's descriptor between the two directions.
-#[derive(Clone, Debug)]
-struct Shared(Arc<Stream>);
+/// Bytes received at a time, and room for as many small frames.
+const READ: usize = 64 << 10;
 
-impl Read for Shared {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&*self.0).read(buffer)
-    }
-}
-
-/// What comes in.
+/// What comes in: either by [`Receiver::receive`], which waits, or by [`Receiver::fill`] and [`Receiver::next_message`], which do not. A
+/// frame of which a part has come is kept until the rest comes, whichever of them it comes by.
 #[derive(Debug)]
 pub struct Receiver {
-    stream: BufReader<Shared>,
+    stream: Arc<Stream>,
     /// Which frame may come when.
     pub incoming: Incoming,
-    payload: Vec<u8>,
+    buffer: Vec<u8>,
+    /// What of the buffer was received and not yet given out.
+    start: usize,
+    end: usize,
+    /// What those bytes begin with, if that was looked at: its payload is still to come, or a part of it.
+    header: Option<Header>,
 }
 
 impl Receiver {
     /// Frames from `stream`, which begin as `incoming` says.
     pub fn new(stream: Arc<Stream>, incoming: Incoming) -> Self {
         Self {
-            stream: BufReader::with_capacity(64 << 10, Shared(stream)),
+            stream,
             incoming,
-            payload: Vec::new(),
+            buffer: vec![0; READ],
+            start: 0,
+            end: 0,
+            header: None,
         }
     }
 
     /// Waits for a message, for as long as the connection's time-out for reading says.
     pub fn receive(&mut self) -> Result<Message<'_>, ChannelError> {
-        let mut header = [0; HEADER_SIZE];
-        loop {
-            match self.stream.read(&mut header[..1]) {
-                Ok(0) => return Err(ChannelError::Closed),
-                Ok(_) => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    return Err(ChannelError::Quiet);
-                }
-                Err(error) => return Err(ChannelError::Lost(error)),
+        while !self.has_frame()? {
+            match self.fill_by(|mut stream, buffer| stream.read(buffer)) {
+                Err(ChannelError::Quiet) if self.is_within_frame() => return Err(self.stuck()),
+                filled => filled?,
             }
         }
-        let rest = self.stream.read_exact(&mut header[1..]);
-        let header = match rest {
-            Ok(()) => Header::decode(&header).map_err(|error| wrong_header(&header, error))?,
-            // An alert of TLS is shorter than a header.
-            Err(_) if is_tls(&header) => return Err(ChannelError::SpeaksTls),
-            Err(error) => return Err(ChannelError::Lost(error)),
-        };
-        self.incoming.accept(&header)?;
-        // No longer than the header's type allows, which `decode` has seen to.
-        let length = header.length as usize;
-        if self.payload.len() < length {
-            self.payload.resize(length, 0);
+        self.take_frame()
+    }
+
+    /// The same, for at most `patience`, which is that time-out. In a Unix socket it does not wait in a read: who does is woken
+    /// not only when something comes but also whenever the other side has read something (the kernel's `unix_write_space`
+    /// wakes all who sleep on the socket). For a server that would be once for each answer, and its client would wait for that.
+    pub fn receive_within(&mut self, patience: Duration) -> Result<Message<'_>, ChannelError> {
+        if let Stream::Unix(_) = &*self.stream {
+            while !self.has_frame()? {
+                let came = self.stream.wait_to_read(patience).map_err(ChannelError::Lost)?;
+                if !came && self.is_within_frame() {
+                    return Err(self.stuck());
+                }
+                if !came {
+                    return Err(ChannelError::Quiet);
+                }
+                self.fill()?;
+            }
         }
-        let payload = &mut self.payload[..length];
-        self.stream.read_exact(payload).map_err(ChannelError::Lost)?;
-        Ok(Message::decode(&header, payload)?)
+        self.receive()
+    }
+
+    /// Receives what has come, without waiting, of which [`Self::next_message`] then has all that is whole. False: nothing has.
+    pub fn fill(&mut self) -> Result<bool, ChannelError> {
+        match self.fill_by(Stream::try_read) {
+            Ok(()) => Ok(true),
+            Err(ChannelError::Quiet) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next message, if all of it was received.
+    pub fn next_message(&mut self) -> Result<Option<Message<'_>>, ChannelError> {
+        if self.has_frame()? {
+            self.take_frame().map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// Whether a part of a frame has come, and not the rest.
+    pub fn is_within_frame(&self) -> bool {
+        self.start < self.end
+    }
+
+    /// What it is that the rest of a frame does not come.
+    pub fn stuck(&self) -> ChannelError {
+        let text = "the rest of a frame does not come";
+        self.broken(io::Error::new(io::ErrorKind::WouldBlock, text))
+    }
+
+    /// The end in the middle of a frame. An alert of TLS is shorter than a header.
+    fn broken(&self, error: io::Error) -> ChannelError {
+        if self.header.is_none() && is_tls(&self.buffer[self.start..self.end]) {
+            ChannelError::SpeaksTls
+        } else {
+            ChannelError::Lost(error)
+        }
+    }
+
+    /// Whether all of the next frame is in the buffer. Its header is looked at, once, before there is room for its payload.
+    fn has_frame(&mut self) -> Result<bool, ChannelError> {
+        let received = &self.buffer[self.start..self.end];
+        if self.header.is_none()
+            && let Some(bytes) = received.first_chunk::<HEADER_SIZE>()
+        {
+            let header = Header::decode(bytes).map_err(|error| wrong_header(bytes, error))?;
+            self.incoming.accept(&header)?;
+            self.header = Some(header);
+        }
+        Ok(self.header.is_some() && received.len() >= self.needed())
+    }
+
+    /// Bytes of the next frame, or of its header if that has not come. No more than its type allows, which `decode` has seen to.
+    fn needed(&self) -> usize {
+        HEADER_SIZE + self.header.map_or(0, |header| header.length as usize)
+    }
+
+    fn take_frame(&mut self) -> Result<Message<'_>, ChannelError> {
+        let frame = self.start..self.start + self.needed();
+        let Some(header) = self.header.take() else {
+            // Only called when there is one.
+            return Err(ChannelError::Quiet);
+        };
+        self.start = frame.end;
+        Ok(Message::decode(&header, &self.buffer[frame][HEADER_SIZE..])?)
+    }
+
+    /// Receives some bytes by `read`, once.
+    fn fill_by(
+        &mut self,
+        read: impl Fn(&Stream, &mut [u8]) -> io::Result<usize>,
+    ) -> Result<(), ChannelError> {
+        let needed = self.needed();
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start + needed > self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if self.buffer.len() < needed {
+            self.buffer.resize(needed, 0);
+        }
+        // Not much more than the frame: what is behind it has to be moved where there is no room for the rest of that.
+        let left = (self.start + needed).saturating_sub(self.end);
+        let room = self.end..(self.end + left.max(READ)).min(self.buffer.len());
+        if room.is_empty() {
+            // Full of frames that nobody has taken.
+            return Ok(());
+        }
+        let count = loop {
+            match read(&self.stream, &mut self.buffer[room.clone()]) {
+                Ok(0) if self.start == self.end => return Err(ChannelError::Closed),
+                Ok(0) => return Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => break count,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => return Err(ChannelError::Quiet),
+                    _ if self.start == self.end => return Err(ChannelError::Lost(error)),
+                    _ => return Err(self.broken(error)),
+                },
+            }
+        };
+        self.end += count;
+        Ok(())
     }
 }
 
 /// Whether what came instead of a frame's header begins like a record of TLS: a handshake or an alert.
-fn is_tls(bytes: &[u8; HEADER_SIZE]) -> bool {
+fn is_tls(bytes: &[u8]) -> bool {
     matches!(bytes, [0x15 | 0x16, 3, 0..=4, ..])
 }
 
@@ -223,5 +329,133 @@ fn write_all(stream: &Stream, mut slices: &mut [IoSlice<'_>], mut wait: impl Wai
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait(stream)?,
             flushed => return flushed,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{PAGE_SIZE, PageIndex, PageRange};
+    use crate::wire::{
+        ChannelKind, Checksums, Encoding, Epoch, Features, MAX_PAGES_PER_FRAME, Pages, RequestId, Role,
+    };
+    use proptest::prelude::*;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, Receiver) {
+        let (there, here) = UnixStream::pair().unwrap();
+        let mut receiver = Receiver::new(Arc::new(Stream::Unix(here)), Incoming::connector());
+        receiver
+            .incoming
+            .open(ChannelKind::Demand, Role::Provider, Features::NONE);
+        (there, receiver)
+    }
+
+    /// Frames of as many pages each, each page with the frame's number; none for a ping.
+    fn frames(pages: &[usize]) -> Vec<Vec<u8>> {
+        let mut outgoing = Outgoing::default();
+        let frame = |(number, count): (usize, &usize)| {
+            let mut frame = Vec::new();
+            let data = vec![number as u8 + 1; count * PAGE_SIZE];
+            let checksums: Vec<u64> = data.chunks(PAGE_SIZE).map(crate::image::checksum).collect();
+            let message = match count {
+                0 => Message::Ping { token: number as u64 },
+                _ => Message::Pages(Pages {
+                    request: RequestId(1),
+                    range: PageRange::new(PageIndex(number as u64), *count as u64),
+                    epoch: Epoch(0),
+                    encoding: Encoding::Raw,
+                    checksums: Checksums::from(&checksums[..]),
+                    data: &data,
+                }),
+            };
+            outgoing.append(&message, &mut frame).unwrap();
+            frame
+        };
+        pages.iter().enumerate().map(frame).collect()
+    }
+
+    fn is_frame(message: &Message<'_>, number: usize, count: usize) -> bool {
+        match message {
+            Message::Ping { token } => count == 0 && *token == number as u64,
+            Message::Pages(pages) => {
+                pages.range.start.0 == number as u64
+                    && pages.data.len() == count * PAGE_SIZE
+                    && pages.data.iter().all(|byte| *byte == number as u8 + 1)
+            }
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// However a connection cuts frames, and whichever way they are received: they are what was sent.
+        #[test]
+        fn frames_come_whole(
+            sizes in proptest::collection::vec(prop_oneof![4 => Just(0), 4 => 1..3_usize, 1 => Just(MAX_PAGES_PER_FRAME)], 1..12),
+            cuts in proptest::collection::vec((1..40_000_usize, any::<bool>()), 1..200),
+        ) {
+            let (mut there, mut receiver) = pair();
+            let frames = frames(&sizes);
+            let (mut sent, mut got) = (0, 0);
+            let bytes = frames.concat();
+            for (length, waits) in cuts {
+                let piece = &bytes[sent..(sent + length).min(bytes.len())];
+                there.write_all(piece).unwrap();
+                sent += piece.len();
+                let mut whole = 0;
+                let there_is = frames.iter().take_while(|frame| { whole += frame.len(); whole <= sent }).count();
+                // All that has come, without waiting, or waiting for what is known to have come.
+                if waits {
+                    while got < there_is {
+                        prop_assert!(is_frame(&receiver.receive().unwrap(), got, sizes[got]));
+                        got += 1;
+                    }
+                    // Or the connection would be full.
+                    while receiver.fill().unwrap() {
+                        prop_assert!(receiver.next_message().unwrap().is_none());
+                    }
+                } else {
+                    loop {
+                        while let Some(message) = receiver.next_message().unwrap() {
+                            prop_assert!(is_frame(&message, got, sizes[got]));
+                            got += 1;
+                        }
+                        if !receiver.fill().unwrap() {
+                            break;
+                        }
+                    }
+                }
+                prop_assert_eq!(got, there_is);
+            }
+            drop(there);
+            let rest = sent - frames.iter().take(got).map(Vec::len).sum::<usize>();
+            let error = receiver.receive().unwrap_err();
+            prop_assert_eq!(matches!(error, ChannelError::Closed), rest == 0, "{}", error);
+        }
+    }
+
+    #[test]
+    fn silence_is_no_loss_but_within_a_frame() {
+        let (mut there, mut receiver) = pair();
+        let patience = Duration::from_millis(20);
+        receiver.stream.set_timeouts(Some(patience), None).unwrap();
+        assert!(matches!(receiver.receive(), Err(ChannelError::Quiet)));
+        assert!(matches!(
+            receiver.receive_within(patience),
+            Err(ChannelError::Quiet)
+        ));
+        let frames = frames(&[0, 1]);
+        there.write_all(&frames[0]).unwrap();
+        assert!(is_frame(&receiver.receive_within(patience).unwrap(), 0, 0));
+        there.write_all(&frames[1][..40]).unwrap();
+        assert!(matches!(receiver.receive(), Err(ChannelError::Lost(_))));
+        assert!(matches!(
+            receiver.receive_within(patience),
+            Err(ChannelError::Lost(_))
+        ));
+        there.write_all(&frames[1][40..]).unwrap();
+        assert!(is_frame(&receiver.receive_within(patience).unwrap(), 1, 1));
     }
 }

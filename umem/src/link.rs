@@ -14,9 +14,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
 
 pub use address::{Address, AddressError};
 pub use credentials::{Credentials, CredentialsError};
@@ -92,6 +95,24 @@ impl Stream {
     pub fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
         set_socket_timeout(self, Timeout::Recv, read)?;
         Ok(set_socket_timeout(self, Timeout::Send, write)?)
+    }
+
+    /// Reads what has come, without waiting. An error of the kind `WouldBlock`: nothing has.
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(_) | Self::Tcp(_) => Ok(rustix::net::recv(self, buffer, RecvFlags::DONTWAIT)?.0),
+            Self::Tls(stream) => stream.try_read(buffer),
+        }
+    }
+
+    /// Waits until something has come, or the end; perhaps a shorter time. False: nothing came for `patience`.
+    pub fn wait_to_read(&self, patience: Duration) -> io::Result<bool> {
+        let patience = Timespec::try_from(patience).map_err(|_| io::ErrorKind::InvalidInput)?;
+        match rustix::event::poll(&mut [PollFd::new(self, PollFlags::IN)], Some(&patience)) {
+            Ok(count) => Ok(count > 0),
+            Err(Errno::INTR) => Ok(true),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Writes what can be written without waiting, and says how much that was. With TLS it may take more than is written then,

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! A source that brings pages by itself ([`PageSource::submit`]) is asked in place of the reader threads, and installs what
-//! comes, from its own threads, by the same way as they do ([`PageSink`]).
+//! comes, from its own threads, by the same way as they do ([`PageSink`](crate::source::PageSink)). Or it lends the fault
+//! thread, if there is one alone, an [`Inbox`](crate::source::Inbox): that thread then takes and installs what it has asked for.
 //!
 //! **Installing and removing exclude each other.** The race: a thread fetches page P; P is dropped (a REMOVE event, whose
 //! reading lets the dropping thread go on); the fetched content is installed after the drop, and P shows its old content

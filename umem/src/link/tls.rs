@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::SendFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, CertificateError, ClientConnection, Connection, ServerConnection};
 
@@ -206,7 +206,7 @@ impl TlsStream {
                 return Ok(());
             }
             self.wait(PollFlags::IN, deadline)?;
-            match incoming.receive(&self.tcp) {
+            match incoming.receive(&self.tcp, RecvFlags::empty()) {
                 Ok(true) => {}
                 Ok(false) => return Err(TlsError::Closed.into()),
                 // Who does not understand what it reads may close without reading the rest.
@@ -254,7 +254,24 @@ impl TlsStream {
     /// is on the way can cut a connection.
     pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         self.established()?;
-        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        let incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        self.read_from(incoming, buffer, RecvFlags::empty())
+    }
+
+    /// As [`TlsStream::read`], of what has come. An error of the kind `WouldBlock`: nothing has, or not all of a record.
+    pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.established()?;
+        // Somebody who reads and waits gets what comes.
+        let incoming = self.incoming.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?;
+        self.read_from(incoming, buffer, RecvFlags::DONTWAIT)
+    }
+
+    fn read_from(
+        &self,
+        mut incoming: MutexGuard<'_, Incoming>,
+        buffer: &mut [u8],
+        flags: RecvFlags,
+    ) -> io::Result<usize> {
         loop {
             let mut connection = self.connection();
             match connection.reader().read(buffer) {
@@ -271,7 +288,7 @@ impl TlsStream {
                 continue;
             }
             drop(connection);
-            if !incoming.receive(&self.tcp)? {
+            if !incoming.receive(&self.tcp, flags)? {
                 let text = "the connection ended in the middle of TLS";
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
             }
@@ -378,9 +395,10 @@ impl Incoming {
         self.start == self.end
     }
 
-    /// Waits for ciphertext, with the socket's time-out. False: there is no more. Only to be called when there is none left.
-    fn receive(&mut self, mut tcp: &TcpStream) -> io::Result<bool> {
-        let count = tcp.read(&mut self.bytes)?;
+    /// Receives ciphertext, and waits for it with the socket's time-out, unless `flags` say otherwise. False: there is no more. Only
+    /// to be called when there is none left.
+    fn receive(&mut self, tcp: &TcpStream, flags: RecvFlags) -> io::Result<bool> {
+        let (count, _) = rustix::net::recv(tcp, &mut *self.bytes, flags)?;
         (self.start, self.end) = (0, count);
         Ok(count > 0)
     }

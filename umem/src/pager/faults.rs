@@ -1,5 +1,6 @@
 //! The thread that reads events and answers what it can at once.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use super::install::{EVENT_PATIENCE, Fetched, Wake, is_transient};
 use super::shared::Shared;
 use super::stripe::Piece;
 use super::{FaultClass, PagerError};
-use crate::source::{Class, Content};
+use crate::source::{Class, Content, Inbox, PageSink, Received, SourceError};
 use crate::states::{Arrival, Claim, PageState};
 use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
 use crate::units::{HostAddress, PageIndex, PageRange};
@@ -37,6 +38,32 @@ pub(super) struct FaultThread {
     /// Faults that were read and not yet answered.
     faults: Vec<Fault>,
     buffer: Vec<u8>,
+    /// What it has asked the source for comes here, if that can be had.
+    inbox: Option<Box<dyn Inbox>>,
+}
+
+/// The fault thread, to which pages come that it receives itself.
+struct Inline<'a>(RefCell<&'a mut FaultThread>);
+
+impl PageSink for Inline<'_> {
+    fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class) {
+        let mut thread = self.0.borrow_mut();
+        let shared = Arc::clone(&thread.shared);
+        let fetched = Fetched::new(pages, content, buffer);
+        // The event that may be in the way is this thread's to read.
+        let make_way = || thread.read_events().map_err(PagerError::Events);
+        if let Err(error) = shared.deliver_by(fetched, class.into(), Wake::Now, make_way) {
+            shared.fail(error);
+        }
+    }
+
+    fn completed(&self, class: Class) {
+        self.0.borrow().shared.completed(class);
+    }
+
+    fn failed(&self, error: SourceError) {
+        self.0.borrow().shared.failed(error);
+    }
 }
 
 impl FaultThread {
@@ -48,6 +75,7 @@ impl FaultThread {
             events: EventBuffer::new(EVENTS),
             faults: Vec::with_capacity(2 * EVENTS),
             buffer,
+            inbox: None,
         }
     }
 
@@ -55,6 +83,8 @@ impl FaultThread {
         let shared = Arc::clone(&self.shared);
         shared.prepare_demand_thread();
         let result = self.serve();
+        // Its owner receives again.
+        self.inbox = None;
         // What cannot be installed now never will be: whoever tries gives up.
         shared.stripes[self.stripe].events_ended.store(true, Release);
         if let Err(error) = result {
@@ -66,27 +96,56 @@ impl FaultThread {
     fn serve(&mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         loop {
-            let mut ready = [
-                PollFd::from_borrowed_fd(shared.stripes[self.stripe].uffd.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(shared.stop.as_fd(), PollFlags::IN),
-            ];
-            match rustix::event::poll(&mut ready, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            if !ready[1].revents().is_empty() {
+            let ready = self.wait()?;
+            if ready.stop {
                 return Ok(());
             }
             let since = Instant::now();
-            self.read_events()?;
-            while let Some(fault) = self.faults.pop() {
-                if let Err(error) = self.answer(fault, since) {
-                    shared.fail(error);
+            if ready.events {
+                self.read_events()?;
+            }
+            loop {
+                while let Some(fault) = self.faults.pop() {
+                    if let Err(error) = self.answer(fault, since) {
+                        shared.fail(error);
+                    }
+                }
+                // Also what was asked for just now: who answers on the same CPU has run before this thread went on.
+                let more = self.receive();
+                if more {
+                    // They come first.
+                    self.read_events()?;
+                } else if self.faults.is_empty() {
+                    break;
                 }
             }
             shared.schedule.note_progress();
             shared.release_if_settled();
         }
+    }
+
+    /// Waits for events, or pages in the inbox, or the end.
+    fn wait(&self) -> io::Result<Ready> {
+        let stripe = &self.shared.stripes[self.stripe];
+        let events = PollFd::from_borrowed_fd(stripe.uffd.as_fd(), PollFlags::IN);
+        let stop = PollFd::from_borrowed_fd(self.shared.stop.as_fd(), PollFlags::IN);
+        let result = match &self.inbox {
+            None => poll(&mut [events, stop]),
+            Some(inbox) => poll(&mut [events, stop, PollFd::new(inbox, PollFlags::IN)]),
+        };
+        Ok(result?)
+    }
+
+    /// Takes some of what has come into the inbox, if there is one. True: there may be more.
+    fn receive(&mut self) -> bool {
+        let Some(inbox) = self.inbox.take() else {
+            return false;
+        };
+        let received = inbox.receive(&Inline(RefCell::new(&mut *self)));
+        if received != Received::Over {
+            self.inbox = Some(inbox);
+        }
+        received == Received::More
     }
 
     /// Reads every event there is: marks what is removed, notes what is moved, keeps the faults for later. Who waits for what
@@ -145,6 +204,8 @@ impl FaultThread {
                         shared.schedule.begin_demand();
                         if !shared.submit(&[unit], Class::Demand) {
                             shared.schedule.enqueue(unit);
+                        } else if self.inbox.is_none() {
+                            self.inbox = shared.lend_inbox();
                         }
                         Ok(())
                     }
@@ -312,5 +373,24 @@ impl FaultThread {
         }
         shared.latency[FaultClass::Minor as usize].record(since.elapsed());
         Ok(())
+    }
+}
+
+/// What a fault thread has waited for.
+#[derive(Default)]
+struct Ready {
+    events: bool,
+    stop: bool,
+}
+
+/// Waits for any of them; the first two are events and the end.
+fn poll(descriptors: &mut [PollFd<'_>]) -> Result<Ready, Errno> {
+    match rustix::event::poll(descriptors, None) {
+        Ok(_) => Ok(Ready {
+            events: !descriptors[0].revents().is_empty(),
+            stop: !descriptors[1].revents().is_empty(),
+        }),
+        Err(Errno::INTR) => Ok(Ready::default()),
+        Err(errno) => Err(errno),
     }
 }

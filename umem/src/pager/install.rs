@@ -68,6 +68,29 @@ impl<'a> Fetched<'a> {
 impl Shared {
     /// Installs claimed pages from any thread but the fault thread: those of them that are still wanted.
     pub(super) fn deliver(&self, fetched: Fetched<'_>, arrival: Arrival) -> Result<(), PagerError> {
+        // Who is woken may fault again at once, and that fault is read by a thread which needs the placement: it is let go of
+        // first.
+        let wake = if arrival == Arrival::Demand {
+            Wake::Later
+        } else {
+            Wake::Now
+        };
+        self.deliver_by(fetched, arrival, wake, || {
+            // The fault thread is about to read the event that is in the way.
+            std::thread::yield_now();
+            Ok(())
+        })
+    }
+
+    /// Installs claimed pages, those of them that are still wanted, and wakes who waits for them as `wake` says. Where an event is
+    /// in the way, `make_way` is called, with the placement let go of, and it is tried again.
+    pub(super) fn deliver_by(
+        &self,
+        fetched: Fetched<'_>,
+        arrival: Arrival,
+        wake: Wake,
+        mut make_way: impl FnMut() -> Result<(), PagerError>,
+    ) -> Result<(), PagerError> {
         let mut at = fetched.pages.start;
         let mut stuck = None;
         while at < fetched.pages.end() {
@@ -84,13 +107,6 @@ impl Shared {
                 continue;
             };
             let bytes = fetched.bytes_of(piece.pages);
-            // Who is woken may fault again at once, and that fault is read by a thread which needs the placement: it is let go of
-            // first.
-            let wake = if arrival == Arrival::Demand {
-                Wake::Later
-            } else {
-                Wake::Now
-            };
             let installed = PageRange::new(at, self.install(stripe, piece, bytes, wake)?);
             for unit in self.states.units(installed) {
                 self.states
@@ -105,13 +121,12 @@ impl Shared {
                 if stripe.events_ended.load(Acquire) {
                     return Ok(());
                 }
-                // The fault thread is about to read the event that is in the way.
                 let since = *stuck.get_or_insert_with(Instant::now);
                 if since.elapsed() >= EVENT_PATIENCE {
                     let source = InstallError::Changing;
                     return Err(PagerError::Install { page: at, source });
                 }
-                std::thread::yield_now();
+                make_way()?;
             } else {
                 stuck = None;
             }

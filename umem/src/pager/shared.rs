@@ -14,7 +14,7 @@ use super::{FaultClass, Notice, PagerError, TouchRecord};
 use crate::causes::chain;
 use crate::region::{PageSize, Region};
 use crate::schedule::{Schedule, step_forward};
-use crate::source::{Class, Content, PageSink, PageSource, SourceError};
+use crate::source::{Class, Content, Inbox, PageSink, PageSource, SourceError};
 use crate::states::{Arrival, PageState, PageStates};
 use crate::stats::Histogram;
 use crate::units::{PageIndex, PageRange};
@@ -93,6 +93,15 @@ impl Shared {
     /// in pieces, and they are installed whole.
     pub(super) fn submit(&self, ranges: &[PageRange], class: Class) -> bool {
         self.page_size == PageSize::Small && self.source.submit(ranges, class)
+    }
+
+    /// Lends the receiving of what was submitted as demand to the fault thread, if there is but one: what it receives it installs,
+    /// which in another stripe might wait for that one's fault thread.
+    pub(super) fn lend_inbox(&self) -> Option<Box<dyn Inbox>> {
+        match &self.stripes[..] {
+            [_] => self.source.lend_inbox(),
+            _ => None,
+        }
     }
 
     pub(super) fn source_error(&self, source: SourceError) -> PagerError {
@@ -215,13 +224,18 @@ impl Shared {
     }
 }
 
+impl From<Class> for Arrival {
+    fn from(class: Class) -> Self {
+        match class {
+            Class::Demand => Self::Demand,
+            Class::Background => Self::Prefetched,
+        }
+    }
+}
+
 impl PageSink for Shared {
     fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class) {
-        let arrival = match class {
-            Class::Demand => Arrival::Demand,
-            Class::Background => Arrival::Prefetched,
-        };
-        if let Err(error) = self.deliver(Fetched::new(pages, content, buffer), arrival) {
+        if let Err(error) = self.deliver(Fetched::new(pages, content, buffer), class.into()) {
             self.fail(error);
         }
     }

@@ -26,6 +26,9 @@ use crate::wire::{
     RequestId, Role, VERSION, WireError, Zero,
 };
 
+/// How long a channel may say nothing at all.
+const SILENCE: Duration = KEEP_ALIVE.saturating_mul(4);
+
 /// What others than its thread need of a channel.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -221,10 +224,10 @@ impl Serving<'_> {
         // From here on who has nothing to ask for says at least that.
         self.channel
             .stream
-            .set_timeouts(Some(4 * KEEP_ALIVE), Some(PATIENCE))
+            .set_timeouts(Some(SILENCE), Some(PATIENCE))
             .map_err(ChannelError::Lost)?;
         loop {
-            match receiver.receive()? {
+            match receiver.receive_within(SILENCE)? {
                 Message::Request(request) => {
                     let since = Instant::now();
                     self.answer(&request)?;

@@ -51,7 +51,7 @@ pub struct DelayedSource {
 struct Shared {
     inner: Arc<dyn PageSource>,
     delay: Delay,
-    sink: OnceLock<Weak<dyn PageSink>>,
+    sink: OnceLock<Weak<dyn PageSink + Send + Sync>>,
     queue: Mutex<Queue>,
     /// There is a new request, or the end.
     changed: Condvar,
@@ -230,7 +230,7 @@ impl PageSource for DelayedSource {
         self.shared.inner.exact_digest()
     }
 
-    fn attach(&self, sink: Weak<dyn PageSink>) {
+    fn attach(&self, sink: Weak<dyn PageSink + Send + Sync>) {
         self.shared.inner.attach(Weak::clone(&sink));
         // Called once.
         let _ = self.shared.sink.set(sink);
@@ -306,9 +306,9 @@ mod tests {
         }
     }
 
-    fn attached(source: &DelayedSource) -> (Arc<dyn PageSink>, Receiver<Arrival>) {
+    fn attached(source: &DelayedSource) -> (Arc<dyn PageSink + Send + Sync>, Receiver<Arrival>) {
         let (sender, receiver) = channel();
-        let sink: Arc<dyn PageSink> = Arc::new(Sink(sender));
+        let sink: Arc<dyn PageSink + Send + Sync> = Arc::new(Sink(sender));
         source.attach(Arc::downgrade(&sink));
         (sink, receiver)
     }

@@ -6,6 +6,7 @@ pub mod remote;
 pub mod zero;
 
 use std::error::Error;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
 use serde::{Deserialize, Serialize};
@@ -64,8 +65,9 @@ pub struct SourceStats {
     pub reconnects: u64,
 }
 
-/// Where pages go that a source was asked for by [`PageSource::submit`]. Called from the source's own threads.
-pub trait PageSink: Send + Sync {
+/// Where pages go that a source was asked for by [`PageSource::submit`]. Called from the source's own threads, or by who calls
+/// [`Inbox::receive`].
+pub trait PageSink {
     /// Some of the pages that were submitted have come.
     fn arrived(&self, pages: PageRange, content: Content, buffer: &[u8], class: Class);
 
@@ -80,6 +82,26 @@ pub trait PageSink: Send + Sync {
 
     /// The source is in reach again.
     fn back(&self) {}
+}
+
+/// The receiving of what a source was asked for by [`PageSource::submit`] as demand, lent to one thread. Dropping it gives it
+/// back.
+pub trait Inbox: AsFd {
+    /// Takes some of what has come, if anything has, and hands it to `sink`; what is not for that goes where it belongs. Never
+    /// waits. To be called whenever the descriptor can be read.
+    fn receive(&self, sink: &dyn PageSink) -> Received;
+}
+
+/// What is to be done about an [`Inbox`] after something was taken from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// There may be more, which the descriptor need not show.
+    More,
+    /// If there is more, the descriptor shows it.
+    All,
+    /// It is to be dropped: nothing more comes here. What was asked for comes by the source's own threads, until another inbox is
+    /// lent.
+    Over,
 }
 
 /// Where the pages of a region come from. It is asked from several threads at once.
@@ -108,7 +130,7 @@ pub trait PageSource: Send + Sync {
     }
 
     /// Where pages go that are submitted. Called once, before anything else is asked.
-    fn attach(&self, _sink: Weak<dyn PageSink>) {}
+    fn attach(&self, _sink: Weak<dyn PageSink + Send + Sync>) {}
 
     /// Asks for `ranges` in one request, without waiting; they go to the sink. At most [`MAX_REQUEST_RANGES`] ranges and
     /// [`MAX_REQUEST_PAGES`] pages. False: this source is not asked so, but by `read`.
@@ -120,6 +142,12 @@ pub trait PageSource: Send + Sync {
     /// of another, because reads of this one fail for themselves alone.
     fn beside(&self) -> Result<Option<Arc<dyn PageSource>>, SourceError> {
         Ok(None)
+    }
+
+    /// Lends the receiving of what is submitted as demand, if that can be lent now, to the thread that submits it, which then is
+    /// woken once for an answer where two threads would be. Does not wait.
+    fn lend_inbox(&self) -> Option<Box<dyn Inbox>> {
+        None
     }
 
     /// Nothing more is wanted: whoever waits in `read` or `next_data` for something far away is let go with an error.

@@ -1,7 +1,7 @@
 //! Pages from a page server.
 //!
-//! One channel for demand and one or more for the fill, each with a thread that receives and hands on what comes, and with a
-//! table of what was asked for and has not come. A connection that is lost is made anew, at the same server or the next one
+//! One channel for demand and one or more for the fill, each with a thread that receives and hands on what comes (for demand,
+//! unless who asks has borrowed that), and with a table of what was asked for and has not come. A connection that is lost is made anew, at the same server or the next one
 //! named, and what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps
 //! waiting. Only when no server gave an answer for the whole time-out, and somebody waits, is the source lost.
 
@@ -9,10 +9,13 @@ mod error;
 mod keeper;
 mod lane;
 mod opened;
+mod receive;
+mod reception;
 #[cfg(test)]
 mod tests;
 mod url;
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -22,9 +25,11 @@ use std::time::Duration;
 use self::keeper::Keeper;
 use self::lane::{Lane, Wanted};
 use self::opened::{Opened, Opening};
-use super::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
+use self::receive::Link;
+use self::reception::Loan;
+use super::{Class, Content, Inbox, PageSink, PageSource, Received, SourceError, SourceStats};
 use crate::channel::ChannelError;
-use crate::link::Credentials;
+use crate::link::{Credentials, Stream};
 use crate::units::{PageIndex, PageRange};
 use crate::wire::{ChannelKind, Features, MAX_BITMAP_PAGES, SessionId};
 
@@ -94,7 +99,7 @@ struct Shared {
     digest: Option<[u8; 32]>,
     /// For demand, and then for the fill.
     lanes: Vec<Arc<Lane>>,
-    sink: OnceLock<Weak<dyn PageSink>>,
+    sink: OnceLock<Weak<dyn PageSink + Send + Sync>>,
     /// Of every [`MAX_BITMAP_PAGES`] pages, once asked for, which hold something.
     data: Vec<OnceLock<Vec<u8>>>,
     closing: AtomicBool,
@@ -277,7 +282,7 @@ impl PageSource for RemoteSource {
         self.shared.digest
     }
 
-    fn attach(&self, sink: Weak<dyn PageSink>) {
+    fn attach(&self, sink: Weak<dyn PageSink + Send + Sync>) {
         // Called once.
         let _ = self.shared.sink.set(sink);
     }
@@ -298,6 +303,17 @@ impl PageSource for RemoteSource {
         Ok(Some(Arc::new(source)))
     }
 
+    fn lend_inbox(&self) -> Option<Box<dyn Inbox>> {
+        let (loan, stream) = self.shared.lanes[0]
+            .reception
+            .borrow(|link| Arc::clone(&link.stream))?;
+        Some(Box::new(DemandInbox {
+            shared: Arc::clone(&self.shared),
+            loan,
+            stream,
+        }))
+    }
+
     fn close(&self) {
         self.shared.closing.store(true, Relaxed);
         for lane in &self.shared.lanes {
@@ -312,6 +328,38 @@ impl PageSource for RemoteSource {
             requests: shared.requests.load(Relaxed),
             reconnects: shared.reconnects.load(Relaxed),
         }
+    }
+}
+
+/// The receiving on the demand lane's connection, borrowed.
+struct DemandInbox {
+    shared: Arc<Shared>,
+    loan: Loan,
+    stream: Arc<Stream>,
+}
+
+impl Inbox for DemandInbox {
+    fn receive(&self, sink: &dyn PageSink) -> Received {
+        let lane = &self.shared.lanes[0];
+        let receive = |link: &mut Link| self.shared.receive_some(lane, link, Some(sink));
+        match lane.reception.receive_on(&self.loan, receive) {
+            // What was decrypted is no longer in the socket.
+            Some(true) if self.stream.is_encrypted() => Received::More,
+            Some(_) => Received::All,
+            None => Received::Over,
+        }
+    }
+}
+
+impl AsFd for DemandInbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl Drop for DemandInbox {
+    fn drop(&mut self) {
+        self.shared.lanes[0].reception.give_back(&self.loan);
     }
 }
 

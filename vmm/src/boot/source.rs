@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use umem::source::{Class, Content, PageSink, PageSource, SourceError, SourceStats};
+use umem::source::{Class, Content, Inbox, PageSink, PageSource, SourceError, SourceStats};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
 use super::Layout;
@@ -83,7 +83,7 @@ impl PageSource for LayoutSource {
         Ok(self.overlay(pages, base, buffer))
     }
 
-    fn attach(&self, sink: Weak<dyn PageSink>) {
+    fn attach(&self, sink: Weak<dyn PageSink + Send + Sync>) {
         self.base.attach(sink);
     }
 
@@ -91,6 +91,10 @@ impl PageSource for LayoutSource {
         // What is submitted comes as the base has it.
         let written = |range: &PageRange| range.pages().any(|page| self.layout.is_written(page.0));
         !ranges.iter().any(written) && self.base.submit(ranges, class)
+    }
+
+    fn lend_inbox(&self) -> Option<Box<dyn Inbox>> {
+        self.base.lend_inbox()
     }
 
     fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {

@@ -1,4 +1,5 @@
-//! A lane's thread: receives what comes, and makes connections anew.
+//! A lane's thread: makes connections anew, and receives what comes. On the demand lane it lends the receiving to who asks
+//! ([`super::reception`]).
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -6,17 +7,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::lane::{Generation, Lane, Taken, Wanted};
+use super::lane::Lane;
 use super::opened::{Opened, Opening};
+use super::receive::{Life, Link};
+use super::reception::Turn;
 use super::{Ended, RemoteError, Shared};
-use crate::channel::{ChannelError, Receiver, Sender};
-use crate::link::Stream;
+use crate::channel::ChannelError;
 use crate::schedule::{step_back, step_forward};
-use crate::source::{Content, PageSink, SourceError};
-use crate::units::{PAGE_SIZE, PageIndex, PageRange};
-use crate::wire::{
-    ChannelKind, FailCode, Failed, MAX_PAGES_PER_FRAME, Message, Pages, RequestId, Run, WireError,
-};
+use crate::source::{PageSink, SourceError};
+use crate::wire::ChannelKind;
 
 /// The first and the longest pause between attempts to connect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
@@ -43,25 +42,6 @@ pub(super) struct Keeper {
     lost: bool,
 }
 
-/// A connection, as its receiving thread has it.
-struct Link {
-    generation: Generation,
-    /// The server's place in the list.
-    server: usize,
-    receiver: Receiver,
-    stream: Arc<Stream>,
-    keep_alive: Option<Duration>,
-    since: Instant,
-    /// When something came last.
-    heard: Instant,
-    /// When an answer came last, or the connection was made.
-    answered: Instant,
-    /// When the server was asked for a sign of life, if nothing has come since.
-    asked: Option<Instant>,
-    /// For pages that came compressed.
-    buffer: Vec<u8>,
-}
-
 impl Keeper {
     pub(super) fn new(shared: Arc<Shared>, lane: Arc<Lane>) -> Self {
         Self {
@@ -83,16 +63,55 @@ impl Keeper {
             _ => step_back(),
         }
         while let Some((server, opened)) = opened.take().or_else(|| self.connect()) {
-            let Some(mut link) = self.resume(server, opened) else {
+            let Some(link) = self.resume(server, opened) else {
                 return;
             };
-            let ended = loop {
-                if let Err(ended) = self.shared.receive(&self.lane, &mut link, None) {
-                    break ended;
-                }
+            let (link, ended) = match self.lane.kind {
+                ChannelKind::Demand => self.receive_in_turn(link),
+                _ => self.receive(link),
             };
             if self.lose(link, ended).is_break() {
                 return;
+            }
+        }
+    }
+
+    /// Receives until the connection ends.
+    fn receive(&self, mut link: Link) -> (Link, Ended) {
+        loop {
+            if let Err(ended) = self.shared.receive(&self.lane, &mut link, None) {
+                return (link, ended);
+            }
+        }
+    }
+
+    /// Receives whenever nobody has borrowed that, and looks after the connection always, until it ends.
+    fn receive_in_turn(&self, link: Link) -> (Link, Ended) {
+        let (shared, lane) = (&self.shared, &self.lane);
+        let stream = Arc::clone(&link.stream);
+        let mut deadline = Instant::now() + link.life.tick;
+        lane.reception.put(link);
+        loop {
+            match lane.reception.wait(deadline) {
+                Turn::Over(link, ended) => return (link, ended),
+                Turn::Nothing => {}
+                Turn::Receive => {
+                    // First all that has come: what TLS has decrypted already does not show in the descriptor.
+                    let received = lane.reception.receive(|link| {
+                        let sink = shared.sink();
+                        let sink = sink.as_deref().map(|sink| sink as &dyn PageSink);
+                        while shared.receive_some(lane, link, sink)? {}
+                        Ok(())
+                    });
+                    if received.is_some() {
+                        // Whatever else it was that ended the wait, who receives will see.
+                        let _ = stream.wait_to_read(deadline.saturating_duration_since(Instant::now()));
+                    }
+                }
+            }
+            if Instant::now() >= deadline {
+                let next = lane.reception.look_after(|link| shared.look_after(lane, link));
+                deadline = next.unwrap_or(deadline);
             }
         }
     }
@@ -121,25 +140,14 @@ impl Keeper {
         self.connected_before = true;
         self.note_found();
         self.first = server;
-        let now = Instant::now();
-        Some(Link {
-            generation,
-            server,
-            receiver,
-            stream,
-            keep_alive,
-            since: now,
-            heard: now,
-            answered: now,
-            asked: None,
-            buffer: vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE],
-        })
+        let life = Life::new(keep_alive, tick);
+        Some(Link::new(generation, server, receiver, stream, life))
     }
 
     /// A connection has ended. What it was asked is asked again elsewhere, or, after a goodbye, still answered by it.
     fn lose(&mut self, link: Link, ended: Ended) -> ControlFlow<()> {
         let shared = Arc::clone(&self.shared);
-        let (server, answered_at, lasted) = (link.server, link.answered, link.since.elapsed());
+        let (server, answered_at, lasted) = (link.server, link.life.answered, link.life.since.elapsed());
         let url = &shared.urls[server];
         let answered = self.note_answers();
         if let Ended::Goodbye = ended {
@@ -302,7 +310,7 @@ impl Shared {
         lane.close();
     }
 
-    fn sink(&self) -> Option<Arc<dyn PageSink>> {
+    pub(super) fn sink(&self) -> Option<Arc<dyn PageSink + Send + Sync>> {
         self.sink.get().and_then(std::sync::Weak::upgrade)
     }
 
@@ -337,191 +345,6 @@ impl Shared {
         }
     }
 
-    /// Waits for one message, and hands on what it brings. `sender` is for a connection that the lane has retired.
-    fn receive(&self, lane: &Arc<Lane>, link: &mut Link, sender: Option<&mut Sender>) -> Result<(), Ended> {
-        let message = match link.receiver.receive() {
-            Ok(message) => message,
-            Err(ChannelError::Quiet) => return self.be_patient(lane, link, sender),
-            Err(error) => return Err(Ended::Channel(error)),
-        };
-        link.heard = Instant::now();
-        link.asked = None;
-        if matches!(
-            message,
-            Message::Pages(_) | Message::Zero(_) | Message::Bitmap(_) | Message::Failed(_)
-        ) {
-            link.answered = link.heard;
-        } else if self.waits_in_vain(lane, link.answered) {
-            return Err(Ended::Channel(ChannelError::Quiet));
-        }
-        let from = Origin {
-            lane,
-            generation: link.generation,
-            server: link.server,
-        };
-        match message {
-            Message::Pages(pages) => self.take_pages(from, &pages, &mut link.buffer),
-            Message::Zero(zero) => self.take(from, zero.request, zero.range, None),
-            Message::Bitmap(bitmap) => {
-                let taken = lane.take_bitmap(link.generation, bitmap.request, bitmap.range, bitmap.bits);
-                taken.map(finish)
-            }
-            Message::Failed(failed) => Err(self.take_failure(from, &failed)),
-            Message::Ping { token } => say(from, sender, &Message::Pong { token }),
-            Message::Goodbye(_) => Err(Ended::Goodbye),
-            // Hints, and answers to what this side never asks.
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether somebody has waited for the whole time-out, whatever else the server has said.
-    fn waits_in_vain(&self, lane: &Lane, answered: Instant) -> bool {
-        lane.waited(answered).is_some_and(|waited| waited >= self.timeout)
-    }
-
-    /// Nothing came. A link that is dead says nothing, and so does a server with nothing to say: it is asked for a sign, sooner
-    /// if somebody waits.
-    fn be_patient(
-        &self,
-        lane: &Arc<Lane>,
-        link: &mut Link,
-        sender: Option<&mut Sender>,
-    ) -> Result<(), Ended> {
-        if self.waits_in_vain(lane, link.answered) {
-            return Err(Ended::Channel(ChannelError::Quiet));
-        }
-        let waiting = lane.is_waiting().then_some(self.silence);
-        let Some(limit) = link.keep_alive.into_iter().chain(waiting).min() else {
-            return Ok(());
-        };
-        match link.asked {
-            Some(asked) if asked.elapsed() >= limit => Err(Ended::Channel(ChannelError::Quiet)),
-            None if link.heard.elapsed() >= limit => {
-                link.asked = Some(Instant::now());
-                let from = Origin {
-                    lane,
-                    generation: link.generation,
-                    server: link.server,
-                };
-                say(from, sender, &Message::Ping { token: 0 })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn take_pages(&self, from: Origin<'_>, pages: &Pages<'_>, buffer: &mut [u8]) -> Result<(), Ended> {
-        let unpacked = pages
-            .unpack(buffer)
-            .map_err(|error| Ended::Channel(error.into()))?;
-        if let Err(error) = unpacked.verify() {
-            return Err(match error {
-                WireError::PageChecksum { page } => self.take_damage(from, pages.request, page),
-                error => Ended::Channel(error.into()),
-            });
-        }
-        for run in unpacked.runs() {
-            match run {
-                Run::Zero(range) => self.take(from, pages.request, range, None)?,
-                Run::Data(range, data) => {
-                    self.bytes.fetch_add(data.len() as u64, Relaxed);
-                    self.take(from, pages.request, range, Some(data))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes pages that were asked for, and only those.
-    fn take(
-        &self,
-        from: Origin<'_>,
-        request: RequestId,
-        range: PageRange,
-        data: Option<&[u8]>,
-    ) -> Result<(), Ended> {
-        let Taken { class, complete } = from.lane.take(from.generation, request, range, data)?;
-        if complete.is_some() {
-            self.requests.fetch_add(1, Relaxed);
-        }
-        if let (Some(class), Some(sink)) = (class, self.sink()) {
-            let content = if data.is_some() {
-                Content::Data
-            } else {
-                Content::Zero
-            };
-            sink.arrived(range, content, data.unwrap_or_default(), class);
-            if complete.is_some() {
-                sink.completed(class);
-            }
-        }
-        finish(complete);
-        Ok(())
-    }
-
-    /// A page is not what its checksum says. It may have been the wire, so any server may try twice; then it is its own
-    /// fault.
-    fn take_damage(&self, from: Origin<'_>, request: RequestId, page: PageIndex) -> Ended {
-        let error = RemoteError::Corrupt {
-            url: self.urls[from.server].to_string(),
-            page,
-        };
-        match from.lane.fail(from.generation, request, PageRange::single(page)) {
-            Ok(failures) if failures < self.urls.len().max(2) => Ended::Elsewhere(error),
-            Ok(_) => Ended::Source(SourceError::Corrupt(error.into())),
-            Err(ended) => ended,
-        }
-    }
-
-    /// A server cannot give pages. Another may, so as many as there are are asked: no more, so that it comes to an end.
-    fn take_failure(&self, from: Origin<'_>, failed: &Failed<'_>) -> Ended {
-        let error = RemoteError::Failed {
-            url: self.urls[from.server].to_string(),
-            pages: failed.range,
-            code: failed.code,
-            text: failed.text.to_owned(),
-        };
-        match from.lane.fail(from.generation, failed.request, failed.range) {
-            Ok(failures) if failures < self.urls.len() => Ended::Elsewhere(error),
-            Ok(_) => Ended::Source(match failed.code {
-                FailCode::Corrupt => SourceError::Corrupt(error.into()),
-                _ => SourceError::Lost(error.into()),
-            }),
-            Err(ended) => ended,
-        }
-    }
-}
-
-/// What a message came on.
-#[derive(Clone, Copy)]
-struct Origin<'a> {
-    lane: &'a Arc<Lane>,
-    generation: Generation,
-    server: usize,
-}
-
-fn say(on: Origin<'_>, sender: Option<&mut Sender>, message: &Message<'_>) -> Result<(), Ended> {
-    if let Some(sender) = sender {
-        return sender.post(message).map(drop).map_err(Ended::Channel);
-    }
-    on.lane.say(on.generation, message);
-    Ok(())
-}
-
-/// Gives a thread that waits what it waits for.
-fn finish(complete: Option<Wanted>) {
-    if let Some(
-        Wanted::Read { buffer, answer, .. }
-        | Wanted::Bitmap {
-            bits: buffer, answer, ..
-        },
-    ) = complete
-    {
-        // Whoever does not wait any more does not need it.
-        let _ = answer.try_send(Ok(buffer));
-    }
-}
-
-impl Shared {
     /// How a channel to a server is opened.
     fn opening(&self, server: usize, channel: ChannelKind) -> Opening<'_> {
         Opening {

@@ -23,6 +23,8 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use super::Ended;
+use super::receive::Link;
+use super::reception::Reception;
 use crate::channel::{ChannelError, Posted, Sender};
 use crate::link::Stream;
 use crate::source::{Class, SourceError};
@@ -34,6 +36,8 @@ use crate::wire::{
 /// One channel, with what survives its connections.
 pub(super) struct Lane {
     pub(super) kind: ChannelKind,
+    /// Who receives on the current connection, where that is lent.
+    pub(super) reception: Reception<Link, Ended>,
     state: Mutex<LaneState>,
     /// Somebody began to wait, or the end.
     changed: Condvar,
@@ -111,6 +115,7 @@ impl Lane {
     pub(super) fn new(kind: ChannelKind) -> Self {
         Self {
             kind,
+            reception: Reception::new(),
             state: Mutex::new(LaneState {
                 current: None,
                 retired: Vec::new(),

@@ -1,6 +1,7 @@
 //! Against servers that do what each test asks of them.
 
 mod harness;
+mod lent;
 
 use std::collections::HashMap;
 use std::sync::mpsc;
@@ -49,8 +50,8 @@ fn pages_come_raw_and_compressed_and_only_what_was_offered_is_used() {
     }
 }
 
-#[test]
-fn pages_come_over_tls() {
+/// A server that speaks TLS, and credentials for a client.
+fn tls_place() -> (Place, Credentials) {
     let authority = Authority::new("CA");
     let listener = Listener::bind_with(
         &"tcp:127.0.0.1:0".parse().unwrap(),
@@ -66,9 +67,15 @@ fn pages_come_over_tls() {
         url,
         _directory: tempfile::tempdir().unwrap(),
     };
+    (place, authority.credentials("client"))
+}
+
+#[test]
+fn pages_come_over_tls() {
+    let (place, credentials) = tls_place();
     place.serve_well();
     let options = RemoteOptions {
-        credentials: Some(authority.credentials("client")),
+        credentials: Some(credentials),
         connections: 3,
         ..options(PATIENCE)
     };
@@ -560,8 +567,8 @@ impl Random {
     }
 }
 
-/// A server that closes, says goodbye, or damages what it sends at any point, over several connections: each page of each
-/// request arrives once, and each request is completed once.
+/// A server that closes, says goodbye, or damages what it sends at any point, over several connections, while the receiving of
+/// demand is borrowed and given back: each page of each request arrives once, and each request is completed once.
 #[test]
 fn whatever_is_lost_each_page_comes_once() {
     let seed = std::env::var("UMEM_TEST_SEED").map_or_else(
@@ -628,6 +635,11 @@ fn whatever_is_lost_each_page_comes_once() {
     let mut random = Random(seed);
     let mut expected: HashMap<u64, u64> = HashMap::new();
     let mut submits = [0, 0];
+    let (source, ended) = (Arc::new(source), Arc::new(AtomicBool::new(false)));
+    let borrower = {
+        let (source, sink, ended) = (Arc::clone(&source), Arc::clone(&sink), Arc::clone(&ended));
+        thread::spawn(move || lent::borrow_at_random(&source, &sink, seed, &ended))
+    };
     for _ in 0..300 {
         let demand = random.below(3) == 0;
         let mut ranges = Vec::new();
@@ -647,8 +659,11 @@ fn whatever_is_lost_each_page_comes_once() {
     }
     sink.wait_for(&expected, submits);
     let stats = source.stats();
-    println!("{stats:?}");
+    ended.store(true, Relaxed);
+    let (loans, borrowed) = borrower.join().unwrap();
+    println!("{stats:?}, {loans} loans, {borrowed} pages by them");
     assert!(stats.reconnects > 5, "nothing was lost: {stats:?}");
+    assert!(loans > 5 && borrowed > 0, "nothing was borrowed");
     assert_eq!(stats.requests, submits.iter().sum::<u64>());
     source.close();
     drop(source);
