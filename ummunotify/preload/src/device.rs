@@ -151,10 +151,8 @@ impl Device {
             return Err(libc::EACCES);
         }
         // A private copy of a counter is a number that stands still.
-        if length.next_multiple_of(COUNTER_PAGE) != COUNTER_PAGE
-            || offset != 0
-            || protection & libc::PROT_WRITE != 0
-        {
+        let one_page = length.checked_next_multiple_of(COUNTER_PAGE) == Some(COUNTER_PAGE);
+        if !one_page || offset != 0 || protection & libc::PROT_WRITE != 0 {
             return Err(libc::EINVAL);
         }
         let flags = flags & !libc::MAP_TYPE | libc::MAP_SHARED;

@@ -177,6 +177,7 @@ static void mapping(void)
 	int fd = open_device(0);
 	CHECK(mmap(NULL, 2 * PAGE, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EINVAL);
 	CHECK(mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, PAGE) == MAP_FAILED && errno == EINVAL);
+	CHECK(mmap(NULL, -1, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EINVAL);
 	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EACCES);
 	const volatile __u64 *counter = map_counter(fd), *again = map_counter(fd);
 	CHECK(*counter == 0 && *again == 0);
