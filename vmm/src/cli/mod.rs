@@ -9,6 +9,7 @@ macro_rules! say {
 
 mod check;
 mod error;
+mod exec;
 mod image;
 mod options;
 mod run;
@@ -56,6 +57,8 @@ enum Verb {
         #[command(subcommand)]
         verb: image::ImageVerb,
     },
+    /// Run a program that was written for /dev/ummunotify
+    Exec(exec::ExecOptions),
     /// Say what this host offers, and how to get what it lacks
     Check(check::CheckOptions),
 }
@@ -93,6 +96,7 @@ pub fn main() -> ExitCode {
             end_when_nobody_reads();
             image::run(verb)
         }
+        Verb::Exec(options) => exec::run(options),
         Verb::Check(options) => {
             end_when_nobody_reads();
             check::run(options)
