@@ -6,6 +6,7 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 use umem::causes::chain;
 use umem::uffd::{Features, Userfaultfd};
+use ummunotify::{Choice, Notifier, WatcherKind};
 
 use super::error::CommandError;
 use super::options::Size;
@@ -68,6 +69,7 @@ pub(super) fn run(options: &CheckOptions) -> Result<(), CommandError> {
     let mut items = Vec::new();
     check_kvm(&mut items);
     check_userfaultfd(&mut items);
+    check_watchers(&mut items);
     check_memory(&mut items);
     check_limits(&mut items);
     print(&items, options.json)?;
@@ -175,6 +177,28 @@ fn check_userfaultfd(items: &mut Vec<Item>) {
             format!("not: {}", names(&lack)),
             fix,
         ));
+    }
+}
+
+/// Who can notice that mappings go away.
+fn check_watchers(items: &mut Vec<Item>) {
+    let watchers = [
+        (
+            "ummunotify: kvm",
+            WatcherKind::Kvm,
+            "Linux 5.10, /dev/kvm, and CAP_BPF with CAP_PERFMON (or root)",
+        ),
+        (
+            "ummunotify: userfaultfd",
+            WatcherKind::Userfaultfd,
+            "Linux 5.7 with CONFIG_USERFAULTFD=y",
+        ),
+    ];
+    for (item, kind, fix) in watchers {
+        items.push(match Notifier::open(Choice::Only(kind)) {
+            Ok(_) => Item::ok(item, "notices invalidated mappings"),
+            Err(error) => Item::lacking(item, Status::Optional, chain(&error), fix),
+        });
     }
 }
 

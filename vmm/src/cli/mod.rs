@@ -10,6 +10,7 @@ macro_rules! say {
 mod check;
 mod ctl;
 mod error;
+mod exec;
 mod image;
 mod memory;
 mod options;
@@ -63,6 +64,8 @@ enum Verb {
     },
     /// Drive a running VM through its API socket
     Ctl(ctl::CtlOptions),
+    /// Run a program that was written for /dev/ummunotify
+    Exec(exec::ExecOptions),
     /// Say what this host offers, and how to get what it lacks
     Check(check::CheckOptions),
 }
@@ -104,6 +107,7 @@ pub fn main() -> ExitCode {
             end_when_nobody_reads();
             ctl::run(options)
         }
+        Verb::Exec(options) => exec::run(options),
         Verb::Check(options) => {
             end_when_nobody_reads();
             check::run(options)

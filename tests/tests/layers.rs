@@ -12,6 +12,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tests::need;
 use umem::image::{Image, OpenError, Wait};
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
@@ -32,7 +33,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The built program.
 fn umem(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
+    let mut command = Command::new(tests::program::umem());
     command.args(args).stdin(Stdio::null());
     command
 }
@@ -248,6 +249,7 @@ fn chain(directory: &Path, vm: &Vm, count: usize, track: Track) -> (Vec<PathBuf>
 
 #[test]
 fn a_snapshot_of_little_change_is_little() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     // One in a hundred of the pages of 1 GiB.
@@ -283,6 +285,7 @@ fn a_snapshot_of_little_change_is_little() {
 
 #[test]
 fn a_chain_of_ten_is_what_was_there_at_its_end() {
+    need!(tests::host::kvm());
     for (track, backing, cpus) in [
         (Track::Yes, Backing::Memfd, 2),
         (Track::No, Backing::Memfd, 1),
@@ -306,6 +309,7 @@ fn a_chain_of_ten_is_what_was_there_at_its_end() {
 
 #[test]
 fn a_restored_vm_is_tracked_from_its_snapshot_on() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let image = make_image(
@@ -336,6 +340,7 @@ fn a_restored_vm_is_tracked_from_its_snapshot_on() {
 
 #[test]
 fn a_vm_may_be_laid_over_what_it_has_nothing_to_do_with() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let image = make_image(directory.path(), "64M", "workload=dirty pages=400 rounds=forever");
@@ -371,6 +376,7 @@ fn a_vm_may_be_laid_over_what_it_has_nothing_to_do_with() {
 
 #[test]
 fn what_cannot_be_a_base_is_refused_and_the_vm_goes_on() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let image = make_image(directory.path(), "16M", "workload=dirty pages=100 rounds=forever");
@@ -407,6 +413,7 @@ fn what_cannot_be_a_base_is_refused_and_the_vm_goes_on() {
 /// What the program says of a chain whose files are not what they were.
 #[test]
 fn a_base_that_is_missing_replaced_or_damaged_is_found() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let image = make_image(directory.path(), "16M", "workload=dirty pages=100 rounds=forever");
     let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
@@ -473,6 +480,7 @@ fn a_base_that_is_missing_replaced_or_damaged_is_found() {
 
 #[test]
 fn a_page_server_serves_all_layers() {
+    need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let image = make_image(
         directory.path(),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use firmware::boot_info::{BootInfo, Protocol};
 use proptest::prelude::*;
+use tests::need;
 use umem::image::{Image, ImageWriter};
 use umem::pager::{Fill, Pager};
 use umem::publish::Existing;
@@ -230,6 +231,7 @@ const RINGS: [Ring; 2] = [Ring::User, Ring::Kernel];
 
 #[test]
 fn what_the_guest_writes_is_told_once_and_exactly() {
+    need!(tests::host::kvm());
     for (backing, ring) in [Backing::Memfd, Backing::Anonymous].into_iter().zip(RINGS) {
         let mut machine = Machine::new(backing);
         // Before it begins.
@@ -259,6 +261,7 @@ fn what_the_guest_writes_is_told_once_and_exactly() {
 
 #[test]
 fn a_page_that_a_pager_installs_has_not_changed() {
+    need!(tests::host::kvm());
     let machine = Machine::new(Backing::Memfd);
     let mut tracker = machine.start();
     for page in (FREE..FREE + 512).chain(HIGH..HIGH + 512) {
@@ -269,6 +272,7 @@ fn a_page_that_a_pager_installs_has_not_changed() {
 
 #[test]
 fn nothing_is_told_but_what_the_guest_has_touched() {
+    need!(tests::host::kvm());
     let mut machine = Machine::new(Backing::Memfd);
     let mut tracker = machine.start();
     let read = machine.access(Ring::User, false, (FREE, 300, 3));
@@ -280,6 +284,7 @@ fn nothing_is_told_but_what_the_guest_has_touched() {
 
 #[test]
 fn what_could_not_be_used_is_told_again_with_what_this_process_wrote() {
+    need!(tests::host::kvm());
     let mut machine = Machine::new(Backing::Memfd);
     let mut tracker = machine.start();
     let mut expected = machine.write(Ring::User, (FREE, 8, 8));
@@ -294,6 +299,7 @@ fn what_could_not_be_used_is_told_again_with_what_this_process_wrote() {
 
 #[test]
 fn huge_pages_are_told_of_by_the_small_page() {
+    need!(tests::host::kvm());
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     let free = free.ok().and_then(|free| free.trim().parse().ok()).unwrap_or(0);
     if free < HIGH_SIZE >> 21 {
@@ -312,6 +318,7 @@ fn huge_pages_are_told_of_by_the_small_page() {
 
 #[test]
 fn a_slot_that_is_not_there_is_an_error() {
+    need!(tests::host::kvm());
     let machine = Machine::new(Backing::Memfd);
     assert!(matches!(
         machine.vm.log_dirty_pages(9, true),
@@ -357,6 +364,10 @@ proptest! {
     /// Whatever is done in whatever order, each write is told once after it, and only what was touched is told.
     #[test]
     fn every_write_is_told(steps in prop::collection::vec(step(), 1..40)) {
+        if tests::host::kvm().is_err() {
+            // The other tests of this file say so.
+            return Ok(());
+        }
         let mut machine = Machine::new(Backing::Memfd);
         let mut tracker = machine.start();
         let (mut written, mut touched) = (BTreeSet::new(), BTreeSet::new());

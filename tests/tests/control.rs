@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tests::need;
 use umem::image::ReadError;
 use umem::pager::{Fill, PagerOptions};
 use umem::region::{Backing, PageSize};
@@ -86,6 +87,7 @@ fn exits(control: &Control) -> u64 {
 
 #[test]
 fn paused_vcpus_stand_still_and_go_on() {
+    need!(tests::host::kvm());
     let control = Control::new();
     let states = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&states);
@@ -180,6 +182,7 @@ impl PageSource for HeldBack {
 /// Where the wait can be interrupted, the VM is paused; where it cannot, that is said, and the VM is as it was.
 #[test]
 fn a_pause_ends_though_a_vcpu_waits_for_a_page() {
+    need!(tests::host::kvm());
     let source = Arc::new(HeldBack(Mutex::new(false), std::sync::Condvar::new()));
     let control = Control::new();
     let vm = start(config("workload=dirty rounds=2", 1, source.clone()), &control);

@@ -1,0 +1,112 @@
+//! The generation counter: 64 bits in a page that whoever asks maps read-only.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::ProtFlags;
+
+use crate::mapping::Mapping;
+
+/// Bytes of the page.
+pub const COUNTER_PAGE: usize = 4096;
+
+/// A read-only view of the counter. It grows with every invalidation that hits a registered range, and has done so before
+/// the call that invalidated returns.
+///
+/// Copies are views of the same page, which stays as long as one of them does.
+#[derive(Clone, Debug)]
+pub struct Counter(Arc<View>);
+
+#[derive(Debug)]
+struct View {
+    page: Mapping,
+    /// Whose first page it is.
+    file: OwnedFd,
+}
+
+impl Counter {
+    /// Maps the first page of a file.
+    pub(crate) fn map(file: OwnedFd) -> io::Result<Self> {
+        let page = Mapping::shared(file.as_fd(), 0, COUNTER_PAGE, ProtFlags::READ)?;
+        Ok(Self(Arc::new(View { page, file })))
+    }
+
+    /// Its value. What invalidations that have returned did is in it.
+    #[inline]
+    pub fn load(&self) -> u64 {
+        // SAFETY: the counter is at the start of the page, which is mapped as long as `self` is.
+        unsafe { self.0.page.start().cast::<AtomicU64>().as_ref() }.load(Acquire)
+    }
+
+    /// The word at this index of the page.
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        // SAFETY: as for the first word; there are 512.
+        unsafe { self.0.page.start().cast::<AtomicU64>().add(index).as_ref() }.load(Acquire)
+    }
+
+    /// Where the page is mapped in this process.
+    pub fn page(&self) -> NonNull<u64> {
+        self.0.page.start().cast()
+    }
+
+    /// A file whose first page it is. It may be mapped by any process it is given to, but only for reading.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.0.file.as_fd()
+    }
+}
+
+/// A counter that this process moves.
+#[derive(Debug)]
+pub(crate) struct OwnCounter(Mapping);
+
+impl OwnCounter {
+    /// One of 0, and the view of it.
+    pub(crate) fn new() -> io::Result<(Self, Counter)> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memfd = rustix::fs::memfd_create("ummunotify", flags)?;
+        rustix::fs::ftruncate(&memfd, COUNTER_PAGE as u64)?;
+        let page = Mapping::shared(memfd.as_fd(), 0, COUNTER_PAGE, ProtFlags::READ | ProtFlags::WRITE)?;
+        // From here on nobody else can map it for writing, or make it so short that reading it raises SIGBUS.
+        rustix::fs::fcntl_add_seals(
+            &memfd,
+            SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+        )?;
+        Ok((Self(page), Counter::map(memfd)?))
+    }
+
+    /// Moves it.
+    pub(crate) fn increment(&self) {
+        // SAFETY: the counter is at the start of the page, which is mapped as long as `self` is.
+        unsafe { self.0.start().cast::<AtomicU64>().as_ref() }.fetch_add(1, AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_else_may_write() {
+        let (own, counter) = OwnCounter::new().unwrap();
+        assert_eq!(counter.load(), 0);
+        own.increment();
+        assert_eq!(counter.load(), 1);
+        let writable = Mapping::shared(
+            counter.file(),
+            0,
+            COUNTER_PAGE,
+            ProtFlags::READ | ProtFlags::WRITE,
+        );
+        assert_eq!(writable.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert!(rustix::fs::ftruncate(counter.file(), 0).is_err());
+        assert!(rustix::io::pwrite(counter.file(), &[1], 0).is_err());
+        let elsewhere = Counter::map(counter.file().try_clone_to_owned().unwrap()).unwrap();
+        own.increment();
+        assert_eq!(elsewhere.load(), 2);
+    }
+}
