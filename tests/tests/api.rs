@@ -455,11 +455,33 @@ fn a_snapshot_is_made_and_restored() {
     assert_eq!(api.state(), "running");
     let said = lines(&vm);
     vm.wait_until("it goes on", |vm| lines(vm) > said);
-    // Once more, in its place, and that is the end of it; on a terminal a bar shows how far it is.
+    // Another, of what has changed since.
+    let above = scratch.path("above");
+    let layer = format!(
+        "destination_url=file:{},base_url=file:{}",
+        above.display(),
+        directory.display()
+    );
+    let layer = api.ctl(&["snapshot", &layer, "--json"]);
+    layer.assert_code(0);
+    let layer: serde_json::Value = serde_json::from_str(&layer.stdout).unwrap();
+    assert_is("Snapshot", &layer);
+    assert_eq!(made["own_pages"], made["pages"]);
+    let own = layer["own_pages"].as_u64().unwrap();
+    assert!(own > 0 && own < 64 * 256 / 2, "{layer}");
+    Program::umem(["image", "verify"])
+        .arg(above.join("snapshot.img"))
+        .run()
+        .assert_code(0);
+    // Once more, elsewhere, and that is the end of it; on a terminal a bar shows how far it is.
     let terminal = Terminal::new();
+    let last_one = scratch.path("last");
     let shown = Program::umem(["ctl", "--api-socket"])
         .arg(api.socket())
-        .args(["snapshot", &format!("{option},then=stop")])
+        .args([
+            "snapshot",
+            &format!("destination_url=file:{},then=stop", last_one.display()),
+        ])
         .on_terminal(&terminal.device)
         .run();
     shown.assert_code(0);
@@ -477,7 +499,7 @@ fn a_snapshot_is_made_and_restored() {
         .lines()
         .filter(|line| line.starts_with("round="))
         .count();
-    let (vm, api) = Api::start(Vm::default().option("--snapshot", &directory));
+    let (vm, api) = Api::start(Vm::default().option("--snapshot", &last_one));
     vm.wait_until("it goes on", |vm| lines(vm) > 2);
     assert!(
         last > 2 && !vm.stdout().contains("round=1 "),

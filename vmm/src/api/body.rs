@@ -29,6 +29,8 @@ pub(super) struct Nothing {}
 pub(super) struct SnapshotRequest {
     /// Where it goes: `file:` and the absolute path of a directory.
     destination_url: String,
+    /// The snapshot that it is laid over: `file:` and the absolute path of a directory or a file.
+    base_url: Option<String>,
     #[serde(default)]
     then: ThenRequest,
 }
@@ -44,17 +46,29 @@ enum ThenRequest {
 impl SnapshotRequest {
     /// What is to be made.
     pub(super) fn options(self) -> Result<SnapshotOptions, ApiError> {
-        let directory = self.destination_url.strip_prefix("file:").map(Path::new);
-        let Some(directory) = directory.filter(|path| path.is_absolute()) else {
+        let Some(directory) = absolute(&self.destination_url) else {
             return Err(ApiError::BadDestination(self.destination_url));
         };
         let mut options = SnapshotOptions::new(directory);
+        if let Some(url) = self.base_url {
+            let Some(base) = absolute(&url) else {
+                return Err(ApiError::BadBase(url));
+            };
+            options.base = Some(base.to_owned());
+        }
         options.then = match self.then {
             ThenRequest::GoOn => Then::GoOn,
             ThenRequest::Stop => Then::Stop,
         };
         Ok(options)
     }
+}
+
+/// The path of a `file:` URL, if it is absolute: this program's current directory is not its client's.
+fn absolute(url: &str) -> Option<&Path> {
+    url.strip_prefix("file:")
+        .map(Path::new)
+        .filter(|path| path.is_absolute())
 }
 
 /// The body as a `T`; without a body, what `{}` is.

@@ -41,6 +41,11 @@ pub(super) enum ApiError {
     /// There no snapshot can go.
     #[error("a snapshot cannot go to '{0}': expected file: and the absolute path of a directory")]
     BadDestination(String),
+    /// There no base can be.
+    #[error(
+        "a snapshot cannot be laid over '{0}': expected file: and the absolute path of a snapshot or an image"
+    )]
+    BadBase(String),
     /// More than there is room for.
     #[error("{0} clients listen to events, and no more may")]
     TooManyListeners(usize),
@@ -80,7 +85,9 @@ impl ApiError {
             Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BrokenBody(_) | Self::BadBody(_) | Self::BadDestination(_) => StatusCode::BAD_REQUEST,
+            Self::BrokenBody(_) | Self::BadBody(_) | Self::BadDestination(_) | Self::BadBase(_) => {
+                StatusCode::BAD_REQUEST
+            }
             // It may be served later.
             Self::TooManyListeners(_)
             | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. })

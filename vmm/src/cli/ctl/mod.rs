@@ -3,7 +3,7 @@
 mod client;
 mod text;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use super::options::{KeyValues, OptionError};
 
 pub(super) use self::client::CtlError;
 
-const SNAPSHOT_SYNTAX: &str = "destination_url=file:DIR,then=go-on|stop";
+const SNAPSHOT_SYNTAX: &str = "destination_url=file:DIR,base_url=file:DIR,then=go-on|stop";
 
 /// What `umem ctl` takes.
 #[derive(Debug, Args)]
@@ -88,21 +88,29 @@ fn snapshot_request(text: &str) -> Result<Value, CommandError> {
         option: "snapshot",
         source,
     };
-    let given = KeyValues::parse(text, &["destination_url", "then"], SNAPSHOT_SYNTAX).map_err(wrong)?;
-    let url: Option<String> = given.get("destination_url").map_err(wrong)?;
-    let directory = url.as_deref().and_then(|url| url.strip_prefix("file:"));
-    let directory = directory.and_then(|directory| std::path::absolute(directory).ok());
-    let directory = directory
-        .as_deref()
-        .and_then(|path| path.to_str())
-        .ok_or_else(|| {
+    let given =
+        KeyValues::parse(text, &["destination_url", "base_url", "then"], SNAPSHOT_SYNTAX).map_err(wrong)?;
+    let absolute = |key: &'static str, url: &str| {
+        let path = url.strip_prefix("file:").filter(|path| !path.is_empty());
+        let path = path.and_then(|path| std::path::absolute(path).ok());
+        let path = path.as_deref().and_then(Path::to_str);
+        path.map(|path| format!("file:{path}")).ok_or_else(|| {
             wrong(OptionError::Value {
-                key: "destination_url",
-                value: url.clone().unwrap_or_default(),
+                key,
+                value: url.to_owned(),
                 reason: "expected file:DIR".into(),
             })
-        })?;
+        })
+    };
+    let url: Option<String> = given.get("destination_url").map_err(wrong)?;
+    let destination = absolute("destination_url", url.as_deref().unwrap_or_default())?;
+    let base: Option<String> = given.get("base_url").map_err(wrong)?;
+    let base = base.map(|base| absolute("base_url", &base)).transpose()?;
     let choices = [("go-on", "go-on"), ("stop", "stop")];
     let then = given.choose("then", &choices).map_err(wrong)?.unwrap_or("go-on");
-    Ok(json!({ "destination_url": format!("file:{directory}"), "then": then }))
+    let mut request = json!({ "destination_url": destination, "then": then });
+    if let Some(base) = base {
+        request["base_url"] = base.into();
+    }
+    Ok(request)
 }
