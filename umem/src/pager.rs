@@ -106,7 +106,7 @@ impl From<Fill> for PagerOptions {
     }
 }
 
-/// What a pager tells its owner, from one of its own threads.
+/// What a pager tells its owner, from one of its own threads or from the one that starts it.
 #[derive(Clone, Debug)]
 pub enum Notice {
     /// Every page is there, the region is ordinary memory, and umem is out of the way. Told once.

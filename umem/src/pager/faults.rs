@@ -100,7 +100,7 @@ impl FaultThread {
             if ready.stop {
                 return Ok(());
             }
-            let since = Instant::now();
+            let mut since = Instant::now();
             if ready.events {
                 self.read_events()?;
             }
@@ -114,6 +114,7 @@ impl FaultThread {
                 let more = self.receive();
                 if more {
                     // They come first.
+                    since = Instant::now();
                     self.read_events()?;
                 } else if self.faults.is_empty() {
                     break;

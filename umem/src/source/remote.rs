@@ -283,8 +283,15 @@ impl PageSource for RemoteSource {
     }
 
     fn attach(&self, sink: Weak<dyn PageSink + Send + Sync>) {
+        // Held, so that a connection that is lost meanwhile is told of by either this or its keeper.
+        let lost = self.shared.lost();
         // Called once.
         let _ = self.shared.sink.set(sink);
+        if *lost > 0
+            && let Some(sink) = self.shared.sink()
+        {
+            sink.lost(&ChannelError::Closed);
+        }
     }
 
     fn submit(&self, ranges: &[PageRange], class: Class) -> bool {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use umem::handoff::PagerHost;
 use umem::image::Image;
@@ -29,12 +29,13 @@ const METRICS_LIMITS: http::Limits = http::Limits {
 
 /// What `umem serve` takes.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("addresses").required(true).multiple(true))]
 pub(super) struct ServeOptions {
     /// Where to listen: unix:PATH or tcp:HOST:PORT
-    #[arg(long, value_name = "URL", required_unless_present = "attach")]
+    #[arg(long, value_name = "URL", group = "addresses")]
     listen: Option<Address>,
     /// Serve VMs on this host from inside their memory, which they hand over here (source=attach:PATH): unix:PATH
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", group = "addresses")]
     attach: Option<Address>,
     /// An image and the name that it is asked for by; may be given several times
     #[arg(long = "image", value_name = "NAME=FILE", required = true)]

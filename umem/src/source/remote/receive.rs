@@ -117,20 +117,21 @@ impl Shared {
         link: &mut Link,
         sink: Option<&dyn PageSink>,
     ) -> Result<bool, Ended> {
-        if !link.receiver.fill().map_err(Ended::Channel)? {
-            return Ok(false);
+        let came = link.receiver.fill().map_err(Ended::Channel)?;
+        if came {
+            link.life.note_sign();
         }
-        link.life.note_sign();
         let from = Origin {
             lane,
             generation: link.generation,
             server: link.server,
             sink,
         };
+        // Also where nothing came: what came together with the welcome has been read with it.
         while let Some(message) = link.receiver.next_message().map_err(Ended::Channel)? {
             self.hand_on(from, &message, &mut link.life, &mut link.buffer, None)?;
         }
-        Ok(true)
+        Ok(came)
     }
 
     fn hand_on(
@@ -171,6 +172,10 @@ impl Shared {
     /// For who looks from time to time, while others receive: whether it is too long that nothing came. Answers when to look again.
     pub(super) fn look_after(&self, lane: &Arc<Lane>, link: &mut Link) -> Result<Instant, Ended> {
         let Life { heard, tick, .. } = link.life;
+        // Also where something comes: of a frame that trickles in no answer may ever come.
+        if self.waits_in_vain(lane, link.life.answered) {
+            return Err(Ended::Channel(ChannelError::Quiet));
+        }
         if heard.elapsed() < tick {
             return Ok(heard + tick);
         }
