@@ -178,6 +178,7 @@ fn a_pager_that_stays_away_is_a_lost_source() {
         let region = Arc::clone(&region);
         thread::spawn(move || std::hint::black_box(read_page(&region, 3)))
     };
+    assert!(matches!(notices.recv().unwrap(), Notice::SourceLost(_)));
     let Notice::Failed(error) = notices.recv().unwrap() else {
         panic!("a pager that is gone")
     };
