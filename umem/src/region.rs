@@ -312,7 +312,8 @@ impl Region {
 
     /// Whether a page is in memory, or swapped out of it, and so has content of its own.
     pub fn holds(&self, page: PageIndex) -> io::Result<bool> {
-        if let Some(memfd) = &self.memfd {
+        // Of huge pages the file says nothing: hugetlbfs calls all of it data. Who installs one maps it too, which the page map tells.
+        if let (Some(memfd), PageSize::Small) = (&self.memfd, self.page_size) {
             let data = Self::next_data(memfd, PageRange::single(page))?;
             return Ok(data.is_some_and(|run| run.start <= page));
         }

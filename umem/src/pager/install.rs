@@ -177,6 +177,11 @@ impl Shared {
                 stripe.wake(piece.addresses());
                 Ok(unit)
             }
+            // The rest was settled as zero while this zero page was on its way, and a fault was faster.
+            Some(InstallError::Exists) if bytes.is_none() && self.released.load(Acquire) => {
+                stripe.wake(piece.addresses());
+                Ok(unit)
+            }
             // Otherwise pages in flight are installed by who claimed them and by nobody else.
             Some(InstallError::Exists) => {
                 self.duplicate.fetch_add(unit, Relaxed);

@@ -192,15 +192,18 @@ impl Shared {
         if self.released.swap(true, AcqRel) {
             return;
         }
+        let populated = populated_huge_pages(&self.states);
+        // First: a page that is no longer registered is the guest's to write, and who reads the states meanwhile must not take it
+        // for one that is still at the source.
+        self.states.settle_rest_as_zero();
         for stripe in &self.stripes {
             if let Err(error) = stripe.unregister() {
                 // Nothing is lost: it stays registered and the fault thread goes on answering.
                 tracing::warn!(%error, "cannot unregister guest memory");
+                self.wake(self.states.all());
                 return;
             }
         }
-        let populated = populated_huge_pages(&self.states);
-        self.states.settle_rest_as_zero();
         self.record_waiting(self.states.all());
         let _ = self.all_present_at.set(Instant::now());
         (self.observer)(Notice::AllPagesPresent);

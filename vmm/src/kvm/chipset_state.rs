@@ -74,7 +74,9 @@ impl ChipsetState {
         let act = "set";
         let part = |part| move |source| ChipsetStateError { act, part, source };
         let clock = kvm_clock_data {
-            clock: self.clock_ns + passed_since(self.saved_at_ns).as_nanos() as u64,
+            clock: self
+                .clock_ns
+                .saturating_add(passed_since(self.saved_at_ns).as_nanos() as u64),
             ..Default::default()
         };
         vm.fd().set_clock(&clock).map_err(part("clock"))?;

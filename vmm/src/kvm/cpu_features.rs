@@ -55,7 +55,7 @@ impl Register {
 /// A register of features: leaf, subleaf, and the names of its bits from bit 0 on, divided by spaces; `-` has none.
 type Word = (u32, u32, Register, &'static str);
 
-const WORDS: [Word; 14] = [
+const WORDS: [Word; 16] = [
     (
         1,
         0,
@@ -97,6 +97,18 @@ const WORDS: [Word; 14] = [
         1,
         Register::Eax,
         "- - - rao_int avx_vnni avx512_bf16 - cmpccxadd - - fzrm fsrs fsrc - - - - - - - - amx_fp16 - avx_ifma",
+    ),
+    (
+        7,
+        1,
+        Register::Edx,
+        "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchi - - - - avx10",
+    ),
+    (
+        7,
+        2,
+        Register::Edx,
+        "psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no",
     ),
     // Parts of the extended state: XCR0.
     (

@@ -27,6 +27,8 @@ ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 const CAP_SREGS2: u64 = 200;
 
 const MSR_TSC: u32 = 0x10;
+/// No state, but an act: to have the time written into guest memory.
+const MSR_OLD_WALL_CLOCK: u32 = 0x11;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Of Hyper-V's interface, which no guest here is offered: some of them are clocks.
 const HYPER_V_MSRS: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_0fff;
@@ -37,6 +39,9 @@ const MSRS_AT_A_TIME: usize = 256;
 
 /// How far frequencies of time stamp counters may be apart and be taken for the same, as by KVM (`tsc_tolerance_ppm`).
 const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// `KVM_STATE_NESTED_FORMAT_VMX`.
+const NESTED_FORMAT_VMX: u16 = 0;
 
 /// `KVM_STATE_NESTED_GUEST_MODE`.
 const NESTED_GUEST_MODE: u16 = 1;
@@ -104,8 +109,19 @@ impl StateList {
     /// As KVM lists it.
     pub fn new(host: &Host) -> Result<Self, MsrError> {
         let list = host.kvm().get_msr_index_list().map_err(MsrError::List)?;
-        let ordinary = |msr: &u32| !HYPER_V_MSRS.contains(msr) && !PARAVIRTUAL_MSRS.contains(msr);
+        let ordinary = |msr: &u32| {
+            !HYPER_V_MSRS.contains(msr) && !PARAVIRTUAL_MSRS.contains(msr) && *msr != MSR_OLD_WALL_CLOCK
+        };
         let mut msrs: Vec<u32> = list.as_slice().iter().copied().filter(ordinary).collect();
+        // KVM holds the MTRRs and does not list them: eight pairs, the fixed ranges, the default type.
+        msrs.extend(
+            (0x200..=0x20f)
+                .chain([0x250, 0x258, 0x259])
+                .chain(0x268..=0x26f)
+                .chain([0x2ff]),
+        );
+        msrs.sort_unstable();
+        msrs.dedup();
         // The counter first, so that it stands still for as short as can be; the deadline, which is counted by it, last.
         msrs.sort_by_key(|msr| match *msr {
             MSR_TSC => 0,
@@ -274,13 +290,20 @@ pub(super) fn passed_since(saved_at_ns: u64) -> Duration {
     Duration::from_nanos(now_ns().saturating_sub(saved_at_ns))
 }
 
+/// Refuses a vCPU that is inside its own guest, or, of VMX, that has only begun (`VMXON`): KVM holds where the guest's structures are.
 fn refuse_nested(fd: &VcpuFd, index: u32) -> Result<(), VcpuStateError> {
     let mut nested = kvm_bindings::nested::KvmNestedStateBuffer::empty();
-    match fd.nested_state(&mut nested) {
-        Ok(Some(_)) if nested.flags & NESTED_GUEST_MODE != 0 => Err(VcpuStateError::Nested(index)),
-        // Refused where there is none.
-        _ => Ok(()),
+    if fd.nested_state(&mut nested).is_err() {
+        // Where there is none.
+        return Ok(());
     }
+    // SAFETY: every bit pattern is a header of VMX.
+    let vmxon = unsafe { nested.hdr.vmx.vmxon_pa };
+    let begun = nested.format == NESTED_FORMAT_VMX && vmxon != u64::MAX;
+    if begun || nested.flags & NESTED_GUEST_MODE != 0 {
+        return Err(VcpuStateError::Nested(index));
+    }
+    Ok(())
 }
 
 fn get_sregs(fd: &VcpuFd, list: &StateList) -> Result<kvm_sregs2, errno::Error> {

@@ -228,7 +228,8 @@ impl<'a> Draft<'a> {
             base.know(changes, self.memory.source.as_deref());
         }
         // Before anything is read: a page that arrives from now on is not looked at in memory, and holds what the source has.
-        self.absent = absent(&states, &self.memory.region).map_err(SnapshotError::Memory)?;
+        self.absent = absent(&states, &self.memory.region, self.memory.source.is_none())
+            .map_err(SnapshotError::Memory)?;
         let absent: u64 = self.absent.iter().map(|run| run.count).sum();
         if absent > 0 && self.memory.source.is_none() && !self.has_absent_pages() {
             return Err(SnapshotError::SourceElsewhere(absent));
@@ -375,13 +376,15 @@ pub(crate) struct Complete {
 /// Runs of pages that are still at the source, or on their way from it; the guest stands still.
 ///
 /// The race: a page is installed, which wakes who waits for it, and is `Present` only after that. The guest may have written to
-/// it in between. So a page that is on its way is absent only if it is not in memory.
-fn absent(states: &PageStates, region: &Region) -> io::Result<Vec<PageRange>> {
+/// it in between. So a page that is on its way is absent only if it is not in memory. Nor is one that is said to be absent where
+/// the pager is another process: the one before it may have been killed in between.
+fn absent(states: &PageStates, region: &Region, pager_elsewhere: bool) -> io::Result<Vec<PageRange>> {
     let mut runs: Vec<PageRange> = Vec::new();
     for unit in states.units(states.all()) {
         match states.get(unit.start) {
             PageState::Present | PageState::Removed => continue,
             PageState::InFlight if region.holds(unit.start)? => continue,
+            PageState::Absent if pager_elsewhere && region.holds(unit.start)? => continue,
             PageState::InFlight | PageState::Absent => {}
         }
         match runs.last_mut() {
