@@ -28,7 +28,7 @@ use super::reception::Reception;
 use crate::channel::{ChannelError, Posted, Sender};
 use crate::link::Stream;
 use crate::source::{Class, SourceError};
-use crate::units::PageRange;
+use crate::units::{PageIndex, PageRange};
 use crate::wire::{
     BitmapKind, BitmapRequest, ChannelKind, Goodbye, GoodbyeReason, Message, Request, RequestId,
 };
@@ -82,6 +82,8 @@ pub(super) struct Pending {
     left: Vec<PageRange>,
     /// How many servers said that they cannot give it.
     failures: usize,
+    /// Pages that came damaged, once for each time.
+    damaged: Vec<PageIndex>,
     wanted: Wanted,
 }
 
@@ -168,6 +170,7 @@ impl Lane {
             on: None,
             left,
             failures: 0,
+            damaged: Vec::new(),
             wanted,
         };
         self.outstanding.fetch_add(pending.pages(), Relaxed);
@@ -436,6 +439,20 @@ impl Lane {
         let pending = state.asked(generation, request, range)?;
         pending.failures += 1;
         Ok(pending.failures)
+    }
+
+    /// A page of what was asked for came damaged. Answers how often that one has, and how often any of the same request.
+    pub(super) fn damage(
+        &self,
+        generation: Generation,
+        request: RequestId,
+        page: PageIndex,
+    ) -> Result<(usize, usize), Ended> {
+        let mut state = self.lock();
+        let pending = state.asked(generation, request, PageRange::single(page))?;
+        pending.damaged.push(page);
+        let same = pending.damaged.iter().filter(|damaged| **damaged == page);
+        Ok((same.count(), pending.damaged.len()))
     }
 }
 

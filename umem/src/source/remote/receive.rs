@@ -86,6 +86,9 @@ struct Origin<'a> {
     sink: Option<&'a dyn PageSink>,
 }
 
+/// Damaged pages of one request after which it is no longer the wire that is to blame.
+const MOST_DAMAGE: usize = 16;
+
 impl Shared {
     /// Waits for one message, and hands on what it brings. `sender` is for a connection that the lane has retired.
     pub(super) fn receive(
@@ -267,15 +270,15 @@ impl Shared {
         Ok(())
     }
 
-    /// A page is not what its checksum says. It may have been the wire, so any server may try twice; then it is its own
-    /// fault.
+    /// A page is not what its checksum says. It may have been the wire, so any server may try twice with each page; then it is its
+    /// own fault.
     fn take_damage(&self, from: Origin<'_>, request: RequestId, page: PageIndex) -> Ended {
         let error = RemoteError::Corrupt {
             url: self.urls[from.server].to_string(),
             page,
         };
-        match from.lane.fail(from.generation, request, PageRange::single(page)) {
-            Ok(failures) if failures < self.urls.len().max(2) => Ended::Elsewhere(error),
+        match from.lane.damage(from.generation, request, page) {
+            Ok((same, all)) if same < self.urls.len().max(2) && all < MOST_DAMAGE => Ended::Elsewhere(error),
             Ok(_) => Ended::Source(SourceError::Corrupt(error.into())),
             Err(ended) => ended,
         }
