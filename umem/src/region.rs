@@ -518,6 +518,23 @@ mod tests {
     }
 
     #[test]
+    fn of_huge_pages_too_it_is_known_which_are_there() {
+        for backing in [Backing::Memfd, Backing::Anonymous] {
+            let region = match Region::new(2 * HUGE_PAGE_SIZE as u64, backing, PageSize::Huge) {
+                Ok(region) => region,
+                Err(error) => {
+                    println!("skipped: huge pages: {error}");
+                    return;
+                }
+            };
+            let unit = PageSize::Huge.pages();
+            touch(&region, unit + 3);
+            let holds = |page| region.holds(PageIndex(page)).unwrap();
+            assert_eq!([0, 1, unit, 2 * unit - 1].map(holds), [false, false, true, true]);
+        }
+    }
+
+    #[test]
     fn what_is_in_memory_is_found_and_read_and_nothing_else_is_made() {
         for backing in [Backing::Memfd, Backing::Anonymous] {
             let region = Region::new(64 << 20, backing, PageSize::Small).unwrap();

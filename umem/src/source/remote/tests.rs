@@ -13,7 +13,9 @@ use crate::image;
 use crate::link::Listener;
 use crate::link::test_credentials::Authority;
 use crate::units::PAGE_SIZE;
-use crate::wire::{Checksums, Encoding, Epoch, FailCode, Message, Pages, RefuseCode, Refused, VERSION};
+use crate::wire::{
+    Checksums, Encoding, Epoch, FailCode, Message, Outgoing, Pages, RefuseCode, Refused, Role, VERSION,
+};
 
 #[test]
 fn pages_come_raw_and_compressed_and_only_what_was_offered_is_used() {
@@ -452,6 +454,125 @@ fn a_damaged_page_is_asked_for_once_more_or_elsewhere() {
     source.submit(&[range(5, 1)], Class::Demand);
     sink.wait_for(&once(&[range(5, 1)]), [1, 0]);
     drop(source);
+}
+
+/// Damage that the wire does hits another page each time, and is not the server's. It is not waited for without end.
+#[test]
+fn pages_of_one_request_that_are_damaged_once_each_are_no_fault_of_the_server() {
+    // Of answer N, page 1 + N is damaged, as long as N is less than `answers`.
+    let damaging = |answers: u64| {
+        let place = Place::new();
+        let answered = AtomicU64::new(0);
+        place.serve(move |_, mut channel, caller| {
+            channel.welcome(&caller);
+            loop {
+                match channel.hear() {
+                    Said::Request(id, ranges) => {
+                        let range = ranges[0];
+                        let answer = answered.fetch_add(1, Relaxed);
+                        // As if no page were zero: what is damaged is never taken.
+                        let mut data: Vec<u8> = range
+                            .pages()
+                            .flat_map(|page| if answers < 6 { content(page.0) } else { content(1) })
+                            .collect();
+                        let checksums: Vec<u64> = data.chunks(PAGE_SIZE).map(image::checksum).collect();
+                        if answer < answers {
+                            data[answer as usize * PAGE_SIZE] ^= 1;
+                        }
+                        channel.send(&Message::Pages(Pages {
+                            request: id,
+                            range,
+                            epoch: Epoch(0),
+                            encoding: Encoding::Raw,
+                            checksums: Checksums::from(&checksums[..]),
+                            data: &data,
+                        }));
+                    }
+                    other => {
+                        if !channel.serve_other(&other) {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+        place
+    };
+    // None of them is zero.
+    let wanted = range(1, 6);
+    let place = damaging(5);
+    let (source, sink) = connect(&[&place], options(PATIENCE));
+    source.submit(&[wanted], Class::Demand);
+    sink.wait_for(&once(&[wanted]), [1, 0]);
+    drop(source);
+
+    // 1 to 20, without those that are zero; each answer damages another page, until it is no longer the wire.
+    let place = damaging(20);
+    let (source, sink) = connect(&[&place], options(PATIENCE));
+    source.submit(&[range(1, 20)], Class::Demand);
+    let failure = sink.wait_for_failure();
+    assert!(failure.contains("checksum"), "{failure}");
+    drop(source);
+}
+
+/// A frame that came with the welcome is taken at once, though nothing more comes.
+#[test]
+fn what_comes_together_with_the_welcome_is_taken() {
+    let place = Place::new();
+    let (pongs, ponged) = mpsc::channel();
+    place.serve(move |number, mut channel, caller| {
+        // The first connection asks for the metadata, and takes what came with the welcome with that.
+        if caller.kind != ChannelKind::Demand || number == 0 {
+            channel.welcome(&caller);
+            let metadata = channel.hear();
+            channel.serve_other(&metadata);
+            if caller.kind != ChannelKind::Demand {
+                channel.serve();
+            }
+            // The demand connection is lost, and made anew.
+            return;
+        }
+        let welcome = Message::Welcome(channel.welcome_to(&caller));
+        let (mut outgoing, mut bytes) = (Outgoing::default(), Vec::new());
+        for message in [&welcome, &Message::Ping { token: 9 }] {
+            outgoing.append(message, &mut bytes).unwrap();
+        }
+        std::io::Write::write_all(&mut &*channel.stream, &bytes).unwrap();
+        channel
+            .receiver
+            .incoming
+            .open(caller.kind, Role::Fetcher, channel.features);
+        let answer = channel.receiver.receive();
+        let _ = pongs.send(matches!(answer, Ok(Message::Pong { token: 9 })));
+        // It stays open until the test ends.
+        channel.serve();
+    });
+    let (_source, _sink) = connect(&[&place], options(PATIENCE));
+    assert!(
+        ponged.recv_timeout(PATIENCE).unwrap(),
+        "something else came first"
+    );
+}
+
+/// A server that is gone before pages have anywhere to go is told of when they have.
+#[test]
+fn a_loss_before_there_is_a_sink_is_told() {
+    let place = Place::new();
+    let channels = place.channels();
+    let (source, _) = RemoteSource::connect(std::slice::from_ref(&place.url), options(PATIENCE)).unwrap();
+    let channel = next_of(&channels, ChannelKind::Demand, &mut Vec::new());
+    // Its address is gone: nobody can connect any more.
+    drop(place);
+    drop(channel);
+    let since = Instant::now();
+    while *source.shared.lost() == 0 {
+        assert!(since.elapsed() < PATIENCE, "the loss was not noticed");
+        std::thread::yield_now();
+    }
+    let sink = Arc::new(Sink::default());
+    let weak: Weak<Sink> = Arc::downgrade(&sink);
+    source.attach(weak);
+    assert_eq!(sink.seen.lock().unwrap().told, ["lost"]);
 }
 
 /// A server that is about to end still gives what it was asked for; what comes after that goes elsewhere at once.

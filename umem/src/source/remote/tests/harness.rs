@@ -94,8 +94,17 @@ impl Channel {
     }
 
     pub(super) fn welcome(&mut self, caller: &Caller) {
+        let welcome = self.welcome_to(caller);
+        self.sender.send(&Message::Welcome(welcome)).unwrap();
+        self.receiver
+            .incoming
+            .open(caller.kind, Role::Fetcher, self.features);
+    }
+
+    /// What it is welcomed with.
+    pub(super) fn welcome_to(&mut self, caller: &Caller) -> Welcome {
         self.features = caller.features.and(Features::LZ4);
-        let welcome = Welcome {
+        Welcome {
             version: VERSION,
             features: self.features,
             pages: PAGES,
@@ -104,11 +113,7 @@ impl Channel {
             window: 64,
             session: SessionId([7; 16]),
             digest: Some([3; 32]),
-        };
-        self.sender.send(&Message::Welcome(welcome)).unwrap();
-        self.receiver
-            .incoming
-            .open(caller.kind, Role::Fetcher, self.features);
+        }
     }
 
     pub(super) fn open(listener: &Listener) -> (Self, Caller) {
