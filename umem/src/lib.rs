@@ -11,6 +11,7 @@
 //!   -> states    InFlight to Present
 //! ```
 
+pub mod call;
 pub mod causes;
 pub mod channel;
 mod checksums;

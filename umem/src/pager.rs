@@ -58,7 +58,7 @@ use crate::schedule::Schedule;
 use crate::source::{PageSource, SourceError, SourceStats};
 use crate::states::{Arrival, PageStates, StateCounts};
 use crate::stats::{Distribution, Histogram, Summary};
-use crate::uffd::{self, Features, InstallError, Userfaultfd};
+use crate::uffd::{self, Features, InstallError, RegisterMode, Userfaultfd};
 use crate::units::{HostAddress, PageIndex, PageRange};
 use crate::working_set::WorkingSet;
 
@@ -228,6 +228,8 @@ pub struct PagerStats {
     pub demand: u64,
     /// Pages that arrived by background fill.
     pub prefetched: u64,
+    /// Pages that were there before the pager was.
+    pub pushed: u64,
     /// Pages that are all zero.
     pub zero: u64,
     /// Pages that arrived though they were there.
@@ -266,7 +268,7 @@ impl Pager {
         observer: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
         let options = options.into();
-        let stripes = register(&region, options.stripes)?;
+        let stripes = register(&region, options.stripes, region.registration().1)?;
         // After registering: from here on nothing is populated unseen.
         let populated_at_start = region.populated().map_err(StartError::Count)?;
         if populated_at_start > 0 {
@@ -283,10 +285,47 @@ impl Pager {
             memory,
             Some(region),
             Vec::new(),
+            0,
             source,
             options,
             Box::new(observer),
         )
+    }
+
+    /// The same for a region of which some pages are there: those that are settled in `states`, and no others.
+    ///
+    /// What is there need not be mapped, and is mapped by the kernel as soon as it is touched.
+    pub fn start_with(
+        region: Arc<Region>,
+        states: Arc<PageStates>,
+        source: Arc<dyn PageSource>,
+        options: impl Into<PagerOptions>,
+        observer: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Result<Self, StartError> {
+        let options = options.into();
+        let populated_at_start = region.populated().map_err(StartError::Count)?;
+        // Not for minor faults: each page that is there would be one.
+        let stripes = register(&region, options.stripes, RegisterMode::Missing)?;
+        let memory = Memory {
+            stripes,
+            page_size: region.page_size(),
+            states,
+        };
+        let mut pager = Self::serve(
+            memory,
+            Some(region),
+            Vec::new(),
+            populated_at_start,
+            source,
+            options,
+            Box::new(observer),
+        )?;
+        if pager.shared.states.all_settled() {
+            // It takes time to make huge pages again, and somebody is waiting for this to return.
+            let release = pager.spawn("umem-release".into(), |shared| shared.release())?;
+            pager.workers.push(release);
+        }
+        Ok(pager)
     }
 
     /// Goes on serving memory that was served before by a process that is gone, or was not served yet: memory of another
@@ -302,6 +341,7 @@ impl Pager {
             memory,
             None,
             uncertain,
+            0,
             source,
             options.into(),
             Box::new(observer),
@@ -315,6 +355,7 @@ impl Pager {
         memory: Memory,
         region: Option<Arc<Region>>,
         uncertain: Vec<PageIndex>,
+        populated_at_start: u64,
         source: Arc<dyn PageSource>,
         options: PagerOptions,
         observer: Observer,
@@ -343,6 +384,7 @@ impl Pager {
             source,
             states,
             uncertain,
+            populated_at_start,
             schedule: Schedule::new(),
             waiting: Mutex::new(Vec::with_capacity(1024)),
             latency: Default::default(),
@@ -403,10 +445,10 @@ impl Pager {
         let histograms: Vec<&Histogram> = shared.latency.iter().collect();
         PagerStats {
             states: shared.states.counts(),
-            // Or it would not have been started.
-            populated_at_start: 0,
+            populated_at_start: shared.populated_at_start,
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
+            pushed: shared.states.arrived_by(Arrival::Pushed),
             zero: shared.states.arrived_by(Arrival::Zero),
             duplicate: shared.duplicate.load(Relaxed),
             faults: Histogram::summary_of(&histograms),
@@ -482,8 +524,12 @@ pub struct Memory {
 
 /// Divides a region into stripes, as many as asked for if there are as many huge pages, and registers each with a userfaultfd
 /// of its own.
-pub fn register(region: &Region, stripes: usize) -> Result<Vec<RegisteredStripe>, StartError> {
-    let (features, mode) = region.registration();
+pub fn register(
+    region: &Region,
+    stripes: usize,
+    mode: RegisterMode,
+) -> Result<Vec<RegisteredStripe>, StartError> {
+    let (features, _) = region.registration();
     let events = Features::EVENT_REMOVE
         .and(Features::EVENT_UNMAP)
         .and(Features::EVENT_REMAP);

@@ -348,6 +348,44 @@ impl Region {
         Ok(())
     }
 
+    /// Writes `content`, which is as long as `pages`, to them: pages that nobody else uses meanwhile, of a region that is not served.
+    pub fn write(&self, pages: PageRange, content: &[u8]) -> io::Result<()> {
+        assert!(
+            pages.end().0 <= self.pages() && content.len() == pages.bytes(),
+            "{pages} are not in the region"
+        );
+        // The file takes whole pages as they are, which spares zeroing and mapping them. Of huge pages the kernel takes none so.
+        if let (Some(memfd), PageSize::Small) = (&self.memfd, self.page_size) {
+            let mut done = 0;
+            while done < content.len() {
+                match rustix::io::pwrite(memfd, &content[done..], pages.start.byte_offset() + done as u64) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => done += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            return Ok(());
+        }
+        let start = self.addresses(pages).start.0 as *mut u8;
+        // SAFETY: the pages are of this region, which is mapped, and nobody else uses them; the content is as long.
+        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), start, content.len()) };
+        Ok(())
+    }
+
+    /// Takes the memory of `pages` away, whole units of a region that is not served: they read zero, or are loaded when it is.
+    pub fn discard(&self, pages: PageRange) -> io::Result<()> {
+        assert!(pages.end().0 <= self.pages(), "{pages} are not in the region");
+        let start = self.addresses(pages).start.0 as *mut _;
+        let advice = match &self.memfd {
+            // The hole in the file takes it out of all mappings too.
+            Some(_) => Advice::LinuxRemove,
+            None => Advice::LinuxDontNeed,
+        };
+        // SAFETY: nobody uses these pages, so nobody minds that they read zero.
+        Ok(unsafe { rustix::mm::madvise(start, pages.bytes(), advice) }?)
+    }
+
     /// Asks the kernel to back `pages`, all populated and no longer registered, by huge pages again. Whether it does is its
     /// affair: nothing but speed depends on it.
     pub fn collapse(&self, pages: PageRange) {

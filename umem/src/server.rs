@@ -16,6 +16,7 @@ mod client;
 mod lobby;
 mod lz4;
 mod metrics;
+mod provider;
 mod served;
 mod turns;
 
@@ -37,12 +38,15 @@ use self::channel::Channel;
 use self::client::Client;
 use self::lobby::Lobby;
 use self::metrics::{Metrics, Refusal, hex};
+pub use self::provider::{Provider, Unreadable};
 use self::served::Served;
 use self::turns::{Class, Turns};
+use crate::call;
+use crate::channel::ChannelError;
 use crate::image::Image;
 use crate::link::{Listener, Stream};
 use crate::metrics::Page;
-use crate::wire::{Epoch, Features, Hello, RefuseCode, Role, SessionId, VERSION, Welcome};
+use crate::wire::{ChannelKind, Epoch, Features, Hello, RefuseCode, Role, SessionId, VERSION, Welcome};
 
 /// Channels at a time, over all clients.
 const MAX_CHANNELS: usize = 1024;
@@ -159,6 +163,16 @@ impl Server {
     /// What ends it.
     pub fn stopper(&self) -> ServerStopper {
         ServerStopper(Arc::clone(&self.shared))
+    }
+
+    /// Serves pages on a channel that this side has opened, until it ends. That its client closes it is no error.
+    pub fn attend(
+        &self,
+        opened: call::Opened,
+        kind: ChannelKind,
+        provider: &dyn Provider,
+    ) -> Result<(), ChannelError> {
+        self.shared.attend_called(opened, kind, provider)
     }
 
     /// What it has done so far.

@@ -22,6 +22,8 @@
 //!   is still on its way finds the page `Removed` and is dropped.
 //! - *touch*: a removed page was used again, and is an ordinary zero page.
 //!
+//! Memory of which some pages are there before it is served begins with these as `Present` (*preset*).
+//!
 //! Every transition is one compare-and-swap on one byte, so the table may be used by any number of threads and no page is
 //! ever in two states. What the table cannot do is make a transition and the system call that goes with it one step;
 //! [`crate::pager`] says how installing and removing exclude each other.
@@ -69,10 +71,12 @@ pub enum Arrival {
     Prefetched = 1,
     /// It is all zero, whoever wanted it.
     Zero = 2,
+    /// It was sent before anybody wanted it, and before the region was served.
+    Pushed = 3,
 }
 
 /// Number of ways to arrive.
-pub const ARRIVALS: usize = 3;
+pub const ARRIVALS: usize = 4;
 
 /// What became of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -333,6 +337,25 @@ impl PageStates {
         .is_ok()
     }
 
+    /// What is known of `range` before the region is served: it is there.
+    pub fn preset(&self, range: PageRange, arrival: Arrival) {
+        for unit in self.units(range) {
+            // Refused where it is settled.
+            let _ = self.change(unit, |entry| {
+                (entry == Entry::ABSENT).then_some(Entry::present(arrival))
+            });
+        }
+    }
+
+    /// What was [preset](Self::preset) is not there any more: its content is another's now, and still at the source. Only before the
+    /// region is served: a page that was settled once it is stays so.
+    pub fn forget(&self, range: PageRange) {
+        for unit in self.units(range) {
+            // Refused where it is absent.
+            let _ = self.change(unit, |entry| entry.is_settled().then_some(Entry::ABSENT));
+        }
+    }
+
     /// Whatever is not settled is zero, and from now on the kernel's to fill: it counts as present zero pages, also where a
     /// fetch is still under way.
     pub fn settle_rest_as_zero(&self) {
@@ -408,6 +431,10 @@ impl PageStates {
         // Last, and moved by settling alone: it falls to zero once.
         if !old.is_settled() && new.is_settled() {
             self.unsettled.fetch_sub(self.unit, AcqRel);
+        }
+        // Only before the region is served.
+        if old.is_settled() && !new.is_settled() {
+            self.unsettled.fetch_add(self.unit, AcqRel);
         }
     }
 

@@ -63,6 +63,7 @@ mod fields;
 mod header;
 mod hello;
 pub mod lz4;
+mod machine;
 mod pages;
 #[cfg(test)]
 mod tests;
@@ -76,6 +77,7 @@ pub use header::{HEADER_SIZE, Header, MessageType, SKIPPABLE};
 pub use hello::{
     ChannelKind, Features, Hello, RefuseCode, Refused, Role, SessionId, VERSION, Version, Welcome,
 };
+pub use machine::{Handover, Step};
 pub use pages::{Encoding, FailCode, Failed, Pages, PagesHead, Request, Run, Runs, Unpacked, Zero};
 pub use views::{Checksums, Ranges};
 

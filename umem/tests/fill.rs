@@ -187,7 +187,7 @@ fn stripes_divide_a_region_at_huge_pages() {
         (3, &[1024, 1024, 612]),
         (99, &[512, 512, 512, 512, 512, 100]),
     ] {
-        let stripes = register(&region, asked).unwrap();
+        let stripes = register(&region, asked, region.registration().1).unwrap();
         let found: Vec<u64> = stripes.iter().map(|stripe| stripe.pages.count).collect();
         assert_eq!(found, lengths);
         let mut next = PageIndex(0);

@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use umem::pager::{PagerError, PagerStats};
 use umem::states::StateCounts;
-use umem::units::PageIndex;
+use umem::units::{PAGE_SIZE, PageIndex};
 use vm_memory::GuestAddress;
 
 use crate::devices::Stopper;
 use crate::ending::Ending;
 use crate::kvm::ExitReason;
 use crate::machine::{ParkError, Parts};
+use crate::migration::{
+    self, Arrival, MigrationError, MigrationOptions, MigrationSummary, Ongoing, Status, TooLate,
+};
+use crate::report::{self, milliseconds};
 use crate::snapshot::{
     Complete, Draft, SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then,
 };
@@ -155,6 +159,31 @@ pub enum ShutdownError {
     Stopped,
 }
 
+/// Why a migration was not cancelled.
+#[derive(Debug, Error)]
+pub enum CancelError {
+    /// There is none.
+    #[error("there is no migration to be cancelled: the VM is {0}")]
+    None(VmState),
+    /// The VM was handed over.
+    #[error("it is too late: the VM was handed over to its destination")]
+    TooLate,
+}
+
+/// Why a VM was not taken back.
+#[derive(Debug, Error)]
+pub enum TakeBackError {
+    /// It runs here, or does not run at all.
+    #[error("there is nothing to be taken back: the VM was not handed over")]
+    NotInDoubt,
+    /// It runs there.
+    #[error("the destination has said that it runs the VM: it cannot be taken back")]
+    Away,
+    /// Another migration was meant.
+    #[error("that is not the token of this migration: 'umem ctl info' says it")]
+    WrongToken,
+}
+
 /// What was counted so far.
 #[derive(Clone, Debug)]
 pub struct Counters {
@@ -195,6 +224,12 @@ struct Inner {
     stopper: Option<Stopper>,
     /// While there is a VM.
     parts: Option<Arc<Parts>>,
+    /// While the VM is being sent, and after.
+    ongoing: Option<Arc<Ongoing>>,
+    /// When it has been sent.
+    moved: Option<MigrationSummary>,
+    /// Where it comes from another host.
+    arrival: Option<Arrival>,
 }
 
 impl Default for Control {
@@ -213,6 +248,9 @@ impl Control {
                     shutdown: false,
                     stopper: None,
                     parts: None,
+                    ongoing: None,
+                    moved: None,
+                    arrival: None,
                 }),
                 observers: Mutex::new(Vec::new()),
                 turn: Mutex::new(()),
@@ -336,6 +374,70 @@ impl Control {
         })
     }
 
+    /// Sends the VM, which runs, to another host, and returns when it is not needed here any more, which then ends. Whatever hinders it,
+    /// the VM goes on here as before.
+    pub fn send_migration(&self, options: &MigrationOptions) -> Result<MigrationSummary, MigrationError> {
+        let _turn = self.turn().ok_or(MigrationError::Busy)?;
+        let parts = match self.now() {
+            (VmState::Running, Some(parts)) => parts,
+            (state, _) => return Err(MigrationError::WrongState(state)),
+        };
+        let ongoing = Arc::new(Ongoing::new(options, parts.ram_size()));
+        self.inner().ongoing = Some(Arc::clone(&ongoing));
+        self.change(VmState::MigratingOut);
+        let sent = migration::send(self, &parts, &ongoing, options);
+        match &sent {
+            Ok(summary) => {
+                let mut inner = self.inner();
+                inner.moved = Some(summary.clone());
+                if let Some(stopper) = &inner.stopper {
+                    stopper.end(Ending::Migrated);
+                }
+            }
+            Err(_) => {
+                self.change(VmState::Running);
+            }
+        }
+        sent
+    }
+
+    /// Lets a VM that is being sent stay here.
+    pub fn cancel_migration(&self) -> Result<(), CancelError> {
+        let (state, ongoing) = self.ongoing();
+        let ongoing = ongoing.ok_or(CancelError::None(state))?;
+        ongoing.cancel().map_err(|_| CancelError::TooLate)
+    }
+
+    /// Lets a VM run here of which it is not known whether it runs where it was sent. Whoever says so has made sure that it does not, and
+    /// will not.
+    pub fn take_back(&self, token: &str) -> Result<(), TakeBackError> {
+        let (_, ongoing) = self.ongoing();
+        let ongoing = ongoing.ok_or(TakeBackError::NotInDoubt)?;
+        ongoing.take_back(token).map_err(|error| match error {
+            TooLate::Away => TakeBackError::Away,
+            TooLate::WrongToken => TakeBackError::WrongToken,
+            TooLate::NotInDoubt | TooLate::InDoubt => TakeBackError::NotInDoubt,
+        })
+    }
+
+    fn ongoing(&self) -> (VmState, Option<Arc<Ongoing>>) {
+        let inner = self.inner();
+        let sent = matches!(inner.state, VmState::MigratingOut | VmState::MigratedAway);
+        (inner.state, inner.ongoing.clone().filter(|_| sent))
+    }
+
+    /// How far the last migration is, if there was any.
+    pub fn migration(&self) -> Option<Status> {
+        let (ongoing, arrival) = {
+            let inner = self.inner();
+            (inner.ongoing.clone(), inner.arrival.clone())
+        };
+        match ongoing {
+            Some(ongoing) => Some(ongoing.status()),
+            None => arrival?.status(),
+        }
+    }
+
     /// Makes the vCPUs stand still, and says so.
     fn park(&self, parts: &Parts, patience: Duration) -> Result<(), PauseError> {
         match parts.vcpus.park(patience) {
@@ -441,6 +543,47 @@ impl Control {
     /// The first vCPU enters the guest.
     pub(crate) fn started(&self) {
         self.change(VmState::Running);
+    }
+
+    /// It comes from another host.
+    pub(crate) fn arriving(&self, arrival: &Arrival) {
+        self.inner().arrival = Some(arrival.clone());
+        self.change(VmState::MigratingIn);
+    }
+
+    /// It runs on another host.
+    pub(crate) fn migrated_away(&self) {
+        self.change(VmState::MigratedAway);
+    }
+
+    /// Whether it is to end.
+    pub(crate) fn is_ending(&self) -> bool {
+        let inner = self.inner();
+        inner.shutdown || inner.state == VmState::Stopped
+    }
+
+    /// What there is to report of a migration.
+    pub(crate) fn migration_report(&self, pager: &PagerStats) -> Option<report::Migration> {
+        let inner = self.inner();
+        if let Some(moved) = &inner.moved {
+            return Some(report::Migration {
+                mode: moved.mode.name(),
+                total_ms: Some(milliseconds(moved.total)),
+                downtime_ms: milliseconds(moved.downtime),
+                precopy_bytes: moved.precopy_bytes,
+                postcopy_bytes: moved.postcopy_bytes,
+                rounds: Some(moved.rounds),
+            });
+        }
+        let status = inner.arrival.as_ref()?.status()?;
+        Some(report::Migration {
+            mode: status.mode.name(),
+            total_ms: None,
+            downtime_ms: status.downtime_ms?,
+            precopy_bytes: pager.pushed * PAGE_SIZE as u64,
+            postcopy_bytes: pager.source.bytes,
+            rounds: None,
+        })
     }
 
     /// Something has happened.

@@ -36,6 +36,32 @@ impl PageBitmap {
         Self { words, pages }
     }
 
+    /// All of `pages` pages.
+    pub fn all(pages: u64) -> Self {
+        let mut all = Self::new(pages);
+        all.words.fill(u64::MAX);
+        if let (Some(last), rest @ 1..) = (all.words.last_mut(), pages % 64) {
+            *last = (1 << rest) - 1;
+        }
+        all
+    }
+
+    /// The same in whole units of `unit` pages, of which each that has a page in it is all in it. RAM is a multiple of them.
+    #[must_use]
+    pub fn in_units(self, unit: u64) -> Self {
+        if unit <= 1 {
+            return self;
+        }
+        let mut whole = Self::new(self.pages);
+        for run in self.runs() {
+            let end = run.end().0.next_multiple_of(unit).min(self.pages);
+            for page in run.start.0 - run.start.0 % unit..end {
+                whole.insert(PageIndex(page));
+            }
+        }
+        whole
+    }
+
     /// How many pages RAM has.
     pub fn pages(&self) -> u64 {
         self.pages
@@ -252,6 +278,28 @@ impl Tracking {
         }
     }
 
+    /// Lends the tracker, or a new one, to who has another use for it.
+    pub(crate) fn lend(&mut self, vm: &Vm, memory: &GuestMemory) -> Result<DirtyTracker, VmError> {
+        // What is taken of it is not known here.
+        self.since = None;
+        match self.tracker.take() {
+            Some(tracker) => Ok(tracker),
+            None => DirtyTracker::start(vm, memory),
+        }
+    }
+
+    /// Takes back what was lent.
+    pub(crate) fn give(&mut self, tracker: DirtyTracker, vm: &Vm) {
+        if self.wanted {
+            self.tracker = Some(tracker);
+        } else if let Err(error) = tracker.stop(vm) {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "changes of memory are logged on"
+            );
+        }
+    }
+
     /// When changes were taken last, RAM was the same as the image with this digest.
     pub(crate) fn saved(&mut self, digest: [u8; 32]) {
         self.since = Some(digest);
@@ -308,6 +356,18 @@ mod tests {
             bitmap.merge(&other);
             model.insert(pages - 1);
             prop_assert_eq!(set(&bitmap), model);
+            prop_assert_eq!(set(&PageBitmap::all(pages)), (0..pages).collect());
+        }
+
+        #[test]
+        fn units_are_whole(units in 1..20u64, unit in 1..40u64, inserted in prop::collection::btree_set(0..800u64, 0..20)) {
+            let mut bitmap = PageBitmap::new(units * unit);
+            let inserted: BTreeSet<u64> = inserted.into_iter().filter(|page| *page < units * unit).collect();
+            for page in &inserted {
+                bitmap.insert(PageIndex(*page));
+            }
+            let whole = set(&bitmap.in_units(unit));
+            prop_assert_eq!(whole, inserted.iter().flat_map(|page| page / unit * unit..(page / unit + 1) * unit).collect());
         }
 
         /// A slot may begin at any page.

@@ -17,6 +17,8 @@ pub enum Ending {
     Panic,
     /// Somebody outside asked the VM to stop.
     Stopped,
+    /// It runs somewhere else.
+    Migrated,
     /// A vCPU cannot go on.
     Error(VcpuError),
 }

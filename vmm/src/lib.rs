@@ -12,6 +12,7 @@
 //! - [`api`], [`events`], [`metrics`]: those hands, and what people and programs outside are told;
 //! - [`ending`]: why a VM stopped;
 //! - [`snapshot`]: a VM in a file;
+//! - [`migration`]: a VM that moves;
 //! - [`report`], [`working_set`]: what a run leaves behind;
 //! - [`cli`]: the command line.
 
@@ -29,6 +30,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod migration;
 pub mod ram_source;
 pub mod report;
 mod signals;

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
 use thiserror::Error;
 use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
-use umem::states::StateCounts;
+use umem::states::{PageStates, StateCounts};
 use umem::units::PageIndex;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -18,8 +19,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ReadOnlyPages, RomError};
 use crate::control::{Control, Counters, Event};
-use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
-use crate::dirty::{Changes, Tracking};
+use crate::devices::{
+    Console, ConsoleError, DeviceBus, DeviceState, EventLoop, EventLoopError, SERIAL_IRQ, Stopper,
+};
+use crate::dirty::{Changes, DirtyTracker, PageBitmap, Tracking};
 use crate::ending::Ending;
 use crate::kvm::{
     AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
@@ -27,16 +30,17 @@ use crate::kvm::{
     VmError,
 };
 use crate::memory::GuestMemory;
-use crate::ram_source::{RamSource, ServingPager};
+use crate::migration::{Arrival, ArrivalError, Description, Mode};
+use crate::ram_source::{RamSource, ServeError, ServingPager};
 use crate::report::{Process, Report, milliseconds};
-use crate::snapshot::{Memory, Saved, SnapshotError, SnapshotState};
+use crate::snapshot::{Memory, Saved, SavedPages, SnapshotError, SnapshotState, VERSION};
 use crate::thread_placement::{Placement, PlacementError, Places};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
 mod vcpus;
 
 pub use self::vcpus::ParkError;
-use self::vcpus::{Restore, Threads, Vcpus};
+use self::vcpus::{Begin, Restore, Threads, Vcpus};
 
 /// How long vCPUs are waited for when the VM ends. One that waits for a page may not be interruptible, so it is not waited for
 /// longer: the end of the process ends its wait, and until then it sees no page that is not its own.
@@ -77,6 +81,8 @@ pub enum Start {
     },
     /// Where it was saved.
     Restore(Arc<SnapshotState>),
+    /// Where it stood still on another host, which it comes from.
+    Arrive(Arrival, Arc<Description>),
 }
 
 /// A VM to be run.
@@ -173,6 +179,9 @@ pub enum MachineError {
     /// RAM cannot be served.
     #[error("cannot serve guest memory")]
     Pager(#[from] StartError),
+    /// No VM came.
+    #[error(transparent)]
+    Arrival(#[from] ArrivalError),
     /// No ROM.
     #[error("cannot load the firmware")]
     Rom(#[from] RomError),
@@ -207,6 +216,7 @@ pub(crate) struct Parts {
     source_url: String,
     model: CpuModel,
     cpus: u32,
+    tsc_khz: Option<u32>,
     bus: Arc<DeviceBus>,
     /// `None` at the end.
     pager: Mutex<Option<ServingPager>>,
@@ -214,9 +224,15 @@ pub(crate) struct Parts {
     /// After the VM, which may look at it.
     memory: GuestMemory,
     tracking: Mutex<Tracking>,
+    /// While the machine comes from another host, and after.
+    arrival: Option<Arrival>,
 }
 
 impl Parts {
+    pub(crate) fn ram_size(&self) -> u64 {
+        self.ram.size()
+    }
+
     fn pager(&self) -> MutexGuard<'_, Option<ServingPager>> {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -277,6 +293,41 @@ impl Parts {
         }
     }
 
+    /// What another host has to make for this VM, whose state will be of this version.
+    pub(crate) fn describe(&self, mode: Mode, connections: usize) -> Description {
+        Description {
+            version: VERSION,
+            mode,
+            ram_size: self.ram.size(),
+            page_size: PAGE_SIZE,
+            cpus: self.cpus,
+            connections: connections as u32,
+            async_pf: self.model.has_async_page_faults(),
+            tsc_khz: self.tsc_khz,
+            cpu: self.model.clone(),
+            read_only: self.memory.read_only().iter().map(SavedPages::save).collect(),
+        }
+    }
+
+    /// What tells which pages change; to be [returned](Self::return_tracker).
+    pub(crate) fn lend_tracker(&self) -> Result<DirtyTracker, VmError> {
+        self.tracking().lend(&self.vm, &self.memory)
+    }
+
+    /// What has changed, by a tracker that was lent.
+    pub(crate) fn changes_of(&self, tracker: &mut DirtyTracker) -> Result<PageBitmap, VmError> {
+        tracker.take(&self.vm)
+    }
+
+    pub(crate) fn return_tracker(&self, tracker: DirtyTracker) {
+        self.tracking().give(tracker, &self.vm);
+    }
+
+    /// How many pages of a machine that came from another host are still there.
+    pub(crate) fn missing_of_arrival(&self) -> Option<u64> {
+        self.arrival.as_ref()?.missing()
+    }
+
     /// Where the pages of RAM are; `None` at the end.
     pub(crate) fn memory(&self) -> Option<Memory> {
         let (states, source) = self.pager().as_ref()?.pages();
@@ -330,13 +381,6 @@ fn run_to_the_end(
     clock.lap("vm");
 
     let region = Arc::new(Region::new(config.ram.size(), config.backing, config.page_size)?);
-    let failure = Arc::new(OnceLock::new());
-    let pager = start_pager(config, &region, &failure, &places, event_loop.stopper(), control)?;
-    let recording = config
-        .recording
-        .clone()
-        .map(|recording| recording.start(config.source.digest(), region.pages()))
-        .transpose()?;
     clock.lap("memory");
 
     let memory = GuestMemory::new(Arc::clone(&region), config.ram, read_only_pages(config)?);
@@ -346,32 +390,43 @@ fn run_to_the_end(
     let tracking = Tracking::start(config.track_dirty, config.source.exact_digest(), &vm, &memory)?;
     clock.lap("slots");
 
+    let vm = Arc::new(vm);
+    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
+    clock.lap("vcpus");
+    let Some(saved) = begin_state(config, control, &mut event_loop, &region)? else {
+        return Ok(Outcome::Ended(Ending::Stopped));
+    };
+    let failure = Arc::new(OnceLock::new());
+    let pager = start_pager(config, &region, &failure, &places, event_loop.stopper(), control)?;
+    let recording = config
+        .recording
+        .clone()
+        .map(|recording| recording.start(config.source.digest(), region.pages()))
+        .transpose()?;
+    clock.lap("pager");
+
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
     vm.irqfd(&interrupt, SERIAL_IRQ)?;
-    let devices = config.saved().map(SnapshotState::devices);
-    let console = make_console(config, interrupt)?;
-    let bus = Arc::new(match devices {
-        None => DeviceBus::new(console.serial()),
-        Some(devices) => DeviceBus::restored(console.serial(), devices),
-    });
+    let (console, bus) = make_devices(config, saved.as_deref(), interrupt)?;
     event_loop.add(Box::new(console));
     clock.lap("devices");
 
-    let vm = Arc::new(vm);
-    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
-    let restore = config
-        .saved_state()
-        .map(|saved| Restore::new(saved, &host, &vm, &bus))
+    let restore = saved
+        .map(|saved| Restore::new(&saved, &host, &vm, &bus))
         .transpose()?;
-    clock.lap("vcpus");
     log_start(config);
     let on_first_instruction = {
         let control = control.clone();
         move || control.started()
     };
     let stopper = event_loop.stopper();
+    let tsc_khz = vcpus[0].tsc_khz();
+    let (begin, arrival) = match &config.start {
+        Start::Arrive(arrival, _) => (Begin::Standing, Some(arrival.clone())),
+        Start::Boot { .. } | Start::Restore(_) => (Begin::Running, None),
+    };
     let (vcpus, threads, not_started) =
-        Vcpus::start(vcpus, &bus, stopper, restore, places, on_first_instruction);
+        Vcpus::start(vcpus, &bus, stopper, restore, begin, places, on_first_instruction);
     let parts = Arc::new(Parts {
         vcpus: Arc::clone(&vcpus),
         ram: config.ram,
@@ -379,13 +434,16 @@ fn run_to_the_end(
         source_url: config.source.url(),
         model,
         cpus: config.cpus,
+        tsc_khz,
         bus,
         pager: Mutex::new(Some(pager)),
         vm,
         memory,
         tracking: Mutex::new(tracking),
+        arrival,
     });
     control.attach(&parts);
+    take_over(&parts, event_loop.stopper())?;
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
     let counters = match not_started {
         None => count_async_page_faults(config, &threads),
@@ -394,6 +452,7 @@ fn run_to_the_end(
 
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
+    let not_arrived = end_arrival(parts.arrival.as_ref());
     control.stopped();
     vcpus.end();
     let all_stopped = threads.end_within(VCPU_GRACE);
@@ -414,6 +473,10 @@ fn run_to_the_end(
         let stats = pager.stats();
         report.set_pager(&stats, &region, started);
         report.set_source(config.source.url(), stats.source);
+        report.migration = control.migration_report(&stats);
+        if failure.get().is_some() {
+            report.lost_pages = Some(lost_pages(&pager.pages().0));
+        }
         report.process = own_memory(config, &region, pager.table_size());
     }
     report.set_async_page_faults(&counters);
@@ -431,6 +494,9 @@ fn run_to_the_end(
     if let (None, Some(error)) = (failure.get(), vcpus.restore_error()) {
         return Err(error);
     }
+    if let Some(error) = not_arrived {
+        return Err(error.into());
+    }
     outcome(ending?, failure.get(), recorded)
 }
 
@@ -443,22 +509,80 @@ fn log_start(config: &MachineConfig) {
     );
 }
 
-impl MachineConfig {
-    /// What it is restored from, if it is.
-    fn saved(&self) -> Option<&SnapshotState> {
-        self.saved_state().map(Arc::as_ref)
+/// The state that a VM begins in, if it has run before; one that arrives is waited for. `None`: it is the end.
+#[expect(clippy::option_option, reason = "an end, and a beginning with nothing")]
+fn begin_state(
+    config: &MachineConfig,
+    control: &Control,
+    event_loop: &mut EventLoop,
+    region: &Arc<Region>,
+) -> Result<Option<Option<Arc<SnapshotState>>>, MachineError> {
+    let arrival = match &config.start {
+        Start::Boot { .. } => return Ok(Some(None)),
+        Start::Restore(saved) => return Ok(Some(Some(Arc::clone(saved)))),
+        Start::Arrive(arrival, _) => arrival,
+    };
+    control.arriving(arrival);
+    arrival.prepared(region)?;
+    let wake = arrival.wake().map_err(MachineError::Os)?;
+    if event_loop.run_until(wake, || arrival.has_state())?.is_some() {
+        arrival.give_up("it was stopped where the VM was to go");
+        return Ok(None);
     }
-
-    fn saved_state(&self) -> Option<&Arc<SnapshotState>> {
-        match &self.start {
-            Start::Boot { .. } => None,
-            Start::Restore(saved) => Some(saved),
-        }
-    }
+    Ok(Some(Some(Arc::new(arrival.take_state()?))))
 }
 
-fn make_console(config: &MachineConfig, interrupt: EventFd) -> Result<Console, MachineError> {
-    let registers = config.saved().map(|saved| &saved.devices().serial);
+/// Lets a VM that arrived run when it is this host's, and ends it here if that comes to nothing.
+fn take_over(parts: &Arc<Parts>, stopper: Stopper) -> Result<(), MachineError> {
+    let Some(arrival) = parts.arrival.clone() else {
+        return Ok(());
+    };
+    let parts = Arc::clone(parts);
+    let work = move || {
+        if parts.vcpus.await_standing().is_ok() && arrival.load() {
+            let stood = parts.vcpus.state_age();
+            parts.vcpus.unpark();
+            arrival.runs(stood);
+        } else {
+            stopper.end(Ending::Stopped);
+        }
+    };
+    let thread = thread::Builder::new().name("migration-arrival".into());
+    thread.spawn(work).map(drop).map_err(MachineError::Os)
+}
+
+/// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
+fn end_arrival(arrival: Option<&Arrival>) -> Option<ArrivalError> {
+    let arrival = arrival?;
+    let error = arrival.error();
+    arrival.give_up("it was stopped where the VM was to go");
+    if arrival.is_mine() {
+        arrival.finish();
+    }
+    error
+}
+
+/// The console, and the bus that its serial port is on.
+fn make_devices(
+    config: &MachineConfig,
+    saved: Option<&SnapshotState>,
+    interrupt: EventFd,
+) -> Result<(Console, Arc<DeviceBus>), MachineError> {
+    let devices = saved.map(SnapshotState::devices);
+    let console = make_console(config, devices, interrupt)?;
+    let bus = match devices {
+        None => DeviceBus::new(console.serial()),
+        Some(devices) => DeviceBus::restored(console.serial(), devices),
+    };
+    Ok((console, Arc::new(bus)))
+}
+
+fn make_console(
+    config: &MachineConfig,
+    devices: Option<&DeviceState>,
+    interrupt: EventFd,
+) -> Result<Console, MachineError> {
+    let registers = devices.map(|devices| &devices.serial);
     Ok(match &config.serial_line {
         SerialLine::StandardStreams => Console::on_standard_streams(interrupt, registers)?,
         SerialLine::File(file) => {
@@ -483,8 +607,14 @@ fn make_vcpus(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(CpuModel,
         Start::Restore(saved) => {
             saved.check_cpu(&here)?;
             let states = (0..).zip(saved.vcpus());
-            let vcpus = states.map(|(index, state)| Vcpu::for_state(vm, index, saved.cpu(), state));
+            let vcpus = states.map(|(index, state)| Vcpu::for_state(vm, index, saved.cpu(), state.tsc_khz()));
             Ok((saved.cpu().clone(), vcpus.collect::<Result<_, _>>()?))
+        }
+        Start::Arrive(_, machine) => {
+            machine.cpu.check_on(&here)?;
+            let vcpus =
+                (0..config.cpus).map(|index| Vcpu::for_state(vm, index, &machine.cpu, machine.tsc_khz));
+            Ok((machine.cpu.clone(), vcpus.collect::<Result<_, _>>()?))
         }
     }
 }
@@ -528,13 +658,20 @@ fn start_pager(
     places: &Places,
     stopper: Stopper,
     control: &Control,
-) -> Result<ServingPager, StartError> {
+) -> Result<ServingPager, MachineError> {
     let failure = Arc::clone(failure);
     let control = control.clone();
+    let arrival = match &config.source {
+        RamSource::Arriving(arrival) => Some(arrival.clone()),
+        RamSource::Source(_) | RamSource::Pager(_) => None,
+    };
     let observer = move |notice| match notice {
         Notice::AllPagesPresent => {
             tracing::info!("all pages are present");
             control.tell(&Event::AllPagesPresent);
+            if let Some(arrival) = &arrival {
+                arrival.complete();
+            }
         }
         Notice::SourceLost(why) => control.tell(&Event::SourceLost(why)),
         Notice::SourceBack => control.tell(&Event::SourceBack),
@@ -549,7 +686,13 @@ fn start_pager(
         demand_cpus: places.demand,
         ..config.pager.clone()
     };
-    config.source.serve(Arc::clone(region), options, observer)
+    config
+        .source
+        .serve(Arc::clone(region), options, observer)
+        .map_err(|error| match error {
+            ServeError::Start(error) => error.into(),
+            ServeError::Arrival(error) => error.into(),
+        })
 }
 
 /// The ROM, if the VM starts in one, and what tells it where to go and the kernel what machine it is on; or what there was of them
@@ -558,6 +701,7 @@ fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomErro
     let (entry, firmware) = match &config.start {
         Start::Boot { entry, firmware } => (entry, firmware),
         Start::Restore(saved) => return saved.read_only_pages(),
+        Start::Arrive(_, machine) => return machine.read_only_pages(),
     };
     let description = ReadOnlyPages::description(entry, config.cpus)?;
     Ok(match firmware {
@@ -591,6 +735,18 @@ fn check_limits(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(), Mach
         });
     }
     Ok(())
+}
+
+/// Pages that are not there, in runs.
+fn lost_pages(states: &PageStates) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for page in states.all().pages().filter(|page| !states.is_settled(*page)) {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == page.0 => *count += 1,
+            _ => runs.push((page.0, 1)),
+        }
+    }
+    runs
 }
 
 /// Resident memory of this process that is not the guest's.

@@ -43,7 +43,7 @@ fn write(page: &mut Page<'_>, counters: &Counters) -> fmt::Result {
     let arrivals = [
         ("demand", pager.demand),
         ("prefetched", pager.prefetched),
-        ("pushed", 0),
+        ("pushed", pager.pushed),
         ("zero", pager.zero),
     ];
     page.counters(

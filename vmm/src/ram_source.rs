@@ -10,6 +10,8 @@ use umem::source::PageSource;
 use umem::states::{PageStates, StateCounts};
 use umem::units::PageIndex;
 
+use crate::migration::{Arrival, ArrivalError};
+
 /// Where RAM comes from.
 #[derive(Clone)]
 pub enum RamSource {
@@ -17,6 +19,8 @@ pub enum RamSource {
     Source(Arc<dyn PageSource>),
     /// From a pager in another process.
     Pager(PagerProcess),
+    /// With the machine, which moves here.
+    Arriving(Arrival),
 }
 
 /// A pager in another process.
@@ -38,6 +42,7 @@ impl RamSource {
         match self {
             Self::Source(source) => source.url(),
             Self::Pager(pager) => pager.address.to_string(),
+            Self::Arriving(_) => "migration:".into(),
         }
     }
 
@@ -46,6 +51,7 @@ impl RamSource {
         match self {
             Self::Source(source) => source.digest(),
             Self::Pager(pager) => Some(pager.digest),
+            Self::Arriving(_) => None,
         }
     }
 
@@ -54,6 +60,7 @@ impl RamSource {
         match self {
             Self::Source(source) => source.exact_digest(),
             Self::Pager(pager) => Some(pager.digest).filter(|_| pager.own_pages.is_empty()),
+            Self::Arriving(_) => None,
         }
     }
 
@@ -63,10 +70,14 @@ impl RamSource {
         region: Arc<Region>,
         options: PagerOptions,
         observer: impl Fn(Notice) + Send + Sync + 'static,
-    ) -> Result<ServingPager, StartError> {
-        match self {
+    ) -> Result<ServingPager, ServeError> {
+        Ok(match self {
+            Self::Arriving(arrival) => {
+                let (states, source) = arrival.ram()?;
+                ServingPager::Own(Pager::start_with(region, states, source, options, observer)?)
+            }
             Self::Source(source) => {
-                Pager::start(region, Arc::clone(source), options, observer).map(ServingPager::Own)
+                ServingPager::Own(Pager::start(region, Arc::clone(source), options, observer)?)
             }
             Self::Pager(pager) => {
                 let PagerProcess {
@@ -75,11 +86,23 @@ impl RamSource {
                     timeout,
                     own_pages,
                 } = pager.clone();
-                AttachedPager::start(address, digest, timeout, region, options, &own_pages, observer)
-                    .map(ServingPager::Attached)
+                let pager =
+                    AttachedPager::start(address, digest, timeout, region, options, &own_pages, observer)?;
+                ServingPager::Attached(pager)
             }
-        }
+        })
     }
+}
+
+/// Why RAM is not served.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    /// The pager does not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The machine does not arrive.
+    #[error(transparent)]
+    Arrival(#[from] ArrivalError),
 }
 
 /// A pager that serves RAM.

@@ -53,6 +53,12 @@ pub struct Report {
     /// The page source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    /// How the VM came here, or went from here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
+    /// Pages that cannot be had any more, where that ended the VM: runs of pages of 4 KiB, each with its first page and how many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost_pages: Option<Vec<(u64, u64)>>,
     /// This process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<Process>,
@@ -141,6 +147,25 @@ impl Source {
     }
 }
 
+/// A VM that has moved.
+#[derive(Clone, Debug, Serialize)]
+pub struct Migration {
+    /// `precopy`, `postcopy` or `hybrid`.
+    pub mode: &'static str,
+    /// From the beginning until the VM was all here, or was not needed here any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_ms: Option<f64>,
+    /// How long the guest stood still: at the side that it left until it was known to run, at the other one by the hosts' clocks.
+    pub downtime_ms: f64,
+    /// Bytes sent before the guest ran at the other side.
+    pub precopy_bytes: u64,
+    /// Bytes sent after that.
+    pub postcopy_bytes: u64,
+    /// Rounds before the switch; known at the side that it left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounds: Option<u32>,
+}
+
 /// Memory of this process.
 #[derive(Debug, Serialize)]
 pub struct Process {
@@ -161,7 +186,7 @@ impl Report {
             populated_at_start: stats.populated_at_start,
             demand: stats.demand,
             prefetched: stats.prefetched,
-            pushed: 0,
+            pushed: stats.pushed,
             zero: stats.zero,
             removed: stats.states.removed,
             duplicate: stats.duplicate,

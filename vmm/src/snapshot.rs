@@ -22,7 +22,7 @@ use crate::devices::DeviceState;
 use crate::kvm::{Blob, ChipsetState, CpuMismatch, CpuModel, VcpuState};
 
 pub use self::incremental::BaseError;
-pub(crate) use self::save::{Complete, Draft, Memory};
+pub(crate) use self::save::{Beside, Complete, Draft, Memory};
 pub use self::save::{SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then};
 
 /// The version that is written.
@@ -91,7 +91,7 @@ pub struct SnapshotState {
 /// Pages that are only read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SavedPages {
+pub(crate) struct SavedPages {
     address: u64,
     size: u64,
     content: Blob,
@@ -118,6 +118,29 @@ struct ProbedVersion {
 /// Whether an image is a snapshot, of whatever version.
 pub fn is_snapshot(metadata: &[u8]) -> bool {
     serde_json::from_slice::<Probe>(metadata).is_ok_and(|probe| probe.snapshot.is_some())
+}
+
+/// What is wrong with pieces of read-only memory, if anything is.
+pub(crate) fn check_read_only(pieces: &[SavedPages]) -> Result<(), String> {
+    if pieces.len() > READ_ONLY_MAX {
+        return Err(format!("it has {} pieces of read-only memory", pieces.len()));
+    }
+    for (index, pages) in pieces.iter().enumerate() {
+        pages.check()?;
+        if pieces[..index].iter().any(|other| other.overlaps(pages)) {
+            return Err("its read-only pages overlap".into());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a state of this version is understood.
+pub(crate) fn check_version(version: u32) -> Result<(), StateError> {
+    if (OLDEST..=VERSION).contains(&version) {
+        Ok(())
+    } else {
+        Err(StateError::Version(version))
+    }
 }
 
 /// What a VM's state is put together from.
@@ -164,9 +187,7 @@ impl SnapshotState {
     pub fn decode(metadata: &[u8], ram_size: u64) -> Result<Self, StateError> {
         let probe: Probe = serde_json::from_slice(metadata)?;
         let ProbedVersion { version } = probe.snapshot.ok_or(StateError::NotASnapshot)?;
-        if !(OLDEST..=VERSION).contains(&version) {
-            return Err(StateError::Version(version));
-        }
+        check_version(version)?;
         let Metadata { snapshot } = serde_json::from_slice::<Metadata<Self>>(metadata)?;
         snapshot.check(ram_size).map_err(StateError::Contradiction)?;
         Ok(snapshot)
@@ -197,19 +218,7 @@ impl SnapshotState {
         if !self.devices.serial.is_possible() {
             return Err("its serial port holds more than fits".into());
         }
-        if self.read_only.len() > READ_ONLY_MAX {
-            return Err(format!(
-                "it has {} pieces of read-only memory",
-                self.read_only.len()
-            ));
-        }
-        for (index, pages) in self.read_only.iter().enumerate() {
-            pages.check()?;
-            if self.read_only[..index].iter().any(|other| other.overlaps(pages)) {
-                return Err("its read-only pages overlap".into());
-            }
-        }
-        Ok(())
+        check_read_only(&self.read_only)
     }
 
     /// Whether it can be restored on this host, whose CPU is `here`; else why not.
@@ -247,6 +256,11 @@ impl SnapshotState {
         &self.cpu
     }
 
+    /// How long ago it was saved, by the hosts' clocks.
+    pub fn age(&self) -> std::time::Duration {
+        self.chipset.age()
+    }
+
     /// Each vCPU's state.
     pub fn vcpus(&self) -> &[VcpuState] {
         &self.vcpus
@@ -269,7 +283,7 @@ impl SnapshotState {
 }
 
 impl SavedPages {
-    fn save(pages: &ReadOnlyPages) -> Self {
+    pub(crate) fn save(pages: &ReadOnlyPages) -> Self {
         Self {
             address: pages.guest_address().0,
             size: pages.size(),
@@ -298,7 +312,7 @@ impl SavedPages {
         self.address < other.address + other.size && other.address < self.address + self.size
     }
 
-    fn restore(&self) -> Result<ReadOnlyPages, RomError> {
+    pub(crate) fn restore(&self) -> Result<ReadOnlyPages, RomError> {
         let mut content = self.content.used().to_vec();
         content.resize(self.size as usize, 0);
         ReadOnlyPages::restored(GuestAddress(self.address), &content)

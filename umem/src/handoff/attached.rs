@@ -243,7 +243,7 @@ impl AttachedPager {
         observer: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
         let PagerOptions { fill, stripes, .. } = options.into();
-        let stripes = pager::register(&region, stripes)?;
+        let stripes = pager::register(&region, stripes, region.registration().1)?;
         let populated = region.populated().map_err(StartError::Count)?;
         if populated > 0 {
             return Err(StartError::Populated(populated));
@@ -337,6 +337,7 @@ impl AttachedPager {
             populated_at_start: 0,
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
+            pushed: shared.states.arrived_by(Arrival::Pushed),
             zero: shared.states.arrived_by(Arrival::Zero),
             duplicate: figures.duplicate,
             faults: figures.faults,

@@ -12,11 +12,12 @@ use rustix::io::Errno;
 use super::client::{Client, Peer};
 use super::lz4::Adaptive;
 use super::metrics::{End, Refusal, Sent};
-use super::served::Served;
+use super::provider::{Provider, Unreadable};
 use super::turns::Place;
 use super::{KEEP_ALIVE, PATIENCE, STEP, Shared};
+use crate::call;
 use crate::channel::{ChannelError, Receiver, Sender};
-use crate::image::{ReadError, Wait};
+use crate::image::Wait;
 use crate::link::Stream;
 use crate::schedule::{step_back, step_forward};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -159,18 +160,35 @@ impl Shared {
             peer: Peer::of(&*channel.stream),
             session: welcome.session,
         };
+        self.join(number, client);
+        let welcomed = channel.sender().send(&Message::Welcome(welcome));
+        receiver.incoming.open(kind, Role::Fetcher, features);
+        let result =
+            welcomed.and_then(|()| self.attend(channel, image, (kind, features), client, &mut receiver));
+        if let Err(error) = result {
+            let error = &error as &dyn std::error::Error;
+            tracing::info!(channel = number, error, "channel ended");
+        }
+    }
+
+    /// Serves pages on an open channel until it ends. That its client closes it is no error.
+    fn attend(
+        &self,
+        channel: &Channel,
+        provider: &dyn Provider,
+        (kind, features): (ChannelKind, Features),
+        client: Client,
+        receiver: &mut Receiver,
+    ) -> Result<(), ChannelError> {
         self.metrics.open(kind);
         match kind {
             ChannelKind::Demand => step_forward(),
             _ => step_back(),
         }
-        self.join(number, client);
-        let welcomed = channel.sender().send(&Message::Welcome(welcome));
-        receiver.incoming.open(kind, Role::Fetcher, features);
         let mut serving = Serving {
             shared: self,
             channel,
-            image,
+            provider,
             kind,
             place: self.turns.join(kind, client),
             buffer: vec![0; STEP as usize * PAGE_SIZE],
@@ -178,7 +196,7 @@ impl Shared {
                 .contains(Features::LZ4)
                 .then(|| Adaptive::new(STEP as usize * PAGE_SIZE)),
         };
-        let result = welcomed.and_then(|()| serving.serve(&mut receiver));
+        let result = serving.serve(receiver);
         drop(serving);
         let end = match &result {
             Ok(()) => End::Done,
@@ -192,12 +210,43 @@ impl Shared {
             }
         };
         self.metrics.end(kind, end);
-        if let Err(error) = result
-            && end != End::Closed
-        {
-            let error = &error as &dyn std::error::Error;
-            tracing::info!(channel = number, error, "channel ended");
+        match result {
+            Err(ChannelError::Closed) => Ok(()),
+            result => result,
         }
+    }
+
+    /// Serves pages on a channel that this side has opened.
+    pub(super) fn attend_called(
+        &self,
+        opened: call::Opened,
+        kind: ChannelKind,
+        provider: &dyn Provider,
+    ) -> Result<(), ChannelError> {
+        let call::Opened {
+            sender,
+            mut receiver,
+            stream,
+            welcome,
+        } = opened;
+        let client = Client {
+            peer: Peer::of(&*stream),
+            session: welcome.session,
+        };
+        let channel = Channel {
+            stream,
+            sender: Mutex::new(sender),
+            said_goodbye: AtomicBool::new(false),
+        };
+        let result = self.attend(
+            &channel,
+            provider,
+            (kind, welcome.features),
+            client,
+            &mut receiver,
+        );
+        channel.shutdown();
+        result
     }
 
     /// Refuses a connection, and counts it.
@@ -211,7 +260,7 @@ impl Shared {
 struct Serving<'a> {
     shared: &'a Shared,
     channel: &'a Channel,
-    image: &'a Served,
+    provider: &'a dyn Provider,
     kind: ChannelKind,
     place: Place<'a>,
     buffer: Vec<u8>,
@@ -234,7 +283,7 @@ impl Serving<'_> {
                     self.shared.metrics.answer(self.kind, since.elapsed());
                 }
                 Message::MetadataRequest { request } => {
-                    let bytes = self.image.image.metadata();
+                    let bytes = self.provider.metadata();
                     self.place.take();
                     self.send(&Message::Metadata { request, bytes })?;
                 }
@@ -266,7 +315,7 @@ impl Serving<'_> {
     }
 
     fn answer(&mut self, request: &Request<'_>) -> Result<(), ChannelError> {
-        let end = PageIndex(self.image.image.pages());
+        let end = PageIndex(self.provider.pages());
         for range in request.ranges.iter() {
             let inside = range.clamp_to(end);
             let mut at = inside.start;
@@ -304,14 +353,7 @@ impl Serving<'_> {
     fn answer_step(&mut self, request: RequestId, range: PageRange) -> Result<(), ChannelError> {
         let mut checksums = [0; STEP as usize];
         let checksums = &mut checksums[..range.count as usize];
-        if let Err(error) = self.read(range, checksums) {
-            let (code, text) = match error {
-                ReadError::Io { .. } => (FailCode::Unreadable, error.to_string()),
-                ReadError::Corrupt { .. } | ReadError::Truncated { .. } => (
-                    FailCode::Corrupt,
-                    format!("the image cannot be used, it was damaged or replaced in place: {error}"),
-                ),
-            };
+        if let Err(Unreadable { code, text }) = self.read(range, checksums) {
             return self.fail(request, range, code, &text);
         }
         let metrics = &self.shared.metrics;
@@ -375,24 +417,17 @@ impl Serving<'_> {
     }
 
     /// Reads pages and their checksums; what has to wait for the disk does so without a turn.
-    fn read(&mut self, range: PageRange, checksums: &mut [u64]) -> Result<(), ReadError> {
-        let image = self.image;
-        if image.checksums(range, Wait::No, checksums)?.is_none() {
-            self.place
-                .without(|| image.checksums(range, Wait::Yes, checksums))?;
-        }
-        if checksums.iter().all(|checksum| *checksum == 0) {
-            return Ok(());
-        }
+    fn read(&mut self, range: PageRange, checksums: &mut [u64]) -> Result<(), Unreadable> {
+        let provider = self.provider;
         let buffer = &mut self.buffer[..range.bytes()];
-        if image.read(range, Wait::No, checksums, buffer)?.is_none() {
+        if provider.read(range, Wait::No, checksums, buffer)?.is_none() {
             self.place
-                .without(|| image.read(range, Wait::Yes, checksums, buffer))?;
+                .without(|| provider.read(range, Wait::Yes, checksums, buffer))?;
         }
         Ok(())
     }
 
-    /// Sends which pages hold something, by the checksum table.
+    /// Sends which pages may hold something.
     fn answer_bitmap(&mut self, wanted: BitmapRequest) -> Result<(), ChannelError> {
         let BitmapRequest { request, kind, range } = wanted;
         let one = PageRange::single(range.start);
@@ -400,7 +435,7 @@ impl Serving<'_> {
             let text = "this server keeps no list of what was received";
             return self.fail(request, one, FailCode::Unreadable, text);
         }
-        if range.end() > PageIndex(self.image.image.pages()) {
+        if range.end() > PageIndex(self.provider.pages()) {
             return self.fail(request, one, FailCode::OutOfRange, "");
         }
         let mut at = range.start;
@@ -408,8 +443,8 @@ impl Serving<'_> {
             let piece = PageRange::new(at, MAX_BITMAP_PAGES).clamp_to(range.end());
             let mut bits = vec![0; piece.count.div_ceil(8) as usize];
             // It may have to read a whole part of the table. Nobody asks for this twice, so it needs no turn.
-            if let Err(error) = self.data_bits(piece, &mut bits) {
-                return self.fail(request, one, FailCode::Corrupt, &error.to_string());
+            if let Err(Unreadable { code, text }) = self.data_bits(piece, &mut bits) {
+                return self.fail(request, one, code, &text);
             }
             self.place.take();
             self.send(&Message::Bitmap(Bitmap {
@@ -424,19 +459,17 @@ impl Serving<'_> {
         Ok(())
     }
 
-    fn data_bits(&self, piece: PageRange, bits: &mut [u8]) -> Result<(), ReadError> {
-        let mut checksums = [0; STEP as usize];
-        let mut at = piece.start;
-        while at < piece.end() {
-            let step = PageRange::new(at, STEP).clamp_to(piece.end());
-            let checksums = &mut checksums[..step.count as usize];
-            // May wait, so it never answers that it would have to.
-            let _ = self.image.checksums(step, Wait::Yes, checksums)?;
-            for (page, checksum) in step.pages().zip(checksums) {
+    fn data_bits(&self, piece: PageRange, bits: &mut [u8]) -> Result<(), Unreadable> {
+        let mut rest = piece;
+        while rest.count > 0
+            && let Some(run) = self.provider.next_data(rest)?
+        {
+            let run = run.from(rest.start).clamp_to(piece.end());
+            for page in run.pages() {
                 let bit = page.0 - piece.start.0;
-                bits[(bit / 8) as usize] |= u8::from(*checksum != 0) << (bit % 8);
+                bits[(bit / 8) as usize] |= 1 << (bit % 8);
             }
-            at = step.end();
+            rest = rest.from(run.end());
         }
         Ok(())
     }

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::fstat;
 
+use super::STEP;
+use super::provider::{Provider, Unreadable};
 use crate::image::{Image, Layer, ReadError, Wait};
 use crate::units::{PAGE_SIZE, PageRange};
 
@@ -62,7 +64,7 @@ impl Served {
     }
 
     /// Reads `pages`, whose checksums are `expected`. `None`: it would have to wait.
-    pub(super) fn read(
+    fn read_content(
         &self,
         pages: PageRange,
         wait: Wait,
@@ -80,12 +82,7 @@ impl Served {
     }
 
     /// The checksums of `pages`. `None`: it would have to wait.
-    pub(super) fn checksums(
-        &self,
-        pages: PageRange,
-        wait: Wait,
-        into: &mut [u64],
-    ) -> Result<Option<()>, ReadError> {
+    fn checksums(&self, pages: PageRange, wait: Wait, into: &mut [u64]) -> Result<Option<()>, ReadError> {
         self.note(self.image.checksums(pages, wait, into))
     }
 
@@ -125,5 +122,54 @@ impl Served {
             let size = State::of(layer).map(|state| state.size);
             size == Ok(state.size) && layer.footer_is_there(state.size as u64)
         })
+    }
+}
+
+impl Provider for Served {
+    fn pages(&self) -> u64 {
+        self.image.pages()
+    }
+
+    fn read(
+        &self,
+        pages: PageRange,
+        wait: Wait,
+        checksums: &mut [u64],
+        buffer: &mut [u8],
+    ) -> Result<Option<()>, Unreadable> {
+        if self.checksums(pages, wait, checksums)?.is_none() {
+            return Ok(None);
+        }
+        if checksums.iter().all(|checksum| *checksum == 0) {
+            return Ok(Some(()));
+        }
+        Ok(self.read_content(pages, wait, checksums, buffer)?)
+    }
+
+    /// By the checksum table.
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, Unreadable> {
+        let mut checksums = [0; STEP as usize];
+        let mut run: Option<PageRange> = None;
+        let mut at = within.start;
+        while at < within.end() {
+            let step = PageRange::new(at, STEP).clamp_to(within.end());
+            let checksums = &mut checksums[..step.count as usize];
+            // May wait, so it never answers that it would have to.
+            let _ = self.checksums(step, Wait::Yes, checksums)?;
+            for (page, checksum) in step.pages().zip(checksums) {
+                match (&mut run, *checksum != 0) {
+                    (None, true) => run = Some(PageRange::single(page)),
+                    (Some(run), true) => run.count += 1,
+                    (Some(run), false) => return Ok(Some(*run)),
+                    (None, false) => {}
+                }
+            }
+            at = step.end();
+        }
+        Ok(run)
+    }
+
+    fn metadata(&self) -> &[u8] {
+        self.image.metadata()
     }
 }

@@ -5,6 +5,7 @@
 //! named, and what is still in the table is asked for again: nothing else, and nothing twice. Until then who waits keeps
 //! waiting. Only when no server gave an answer for the whole time-out, and somebody waits, is the source lost.
 
+mod called;
 mod error;
 mod keeper;
 mod lane;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
+use self::called::Way;
 use self::keeper::Keeper;
 use self::lane::{Lane, Wanted};
 use self::opened::{Opened, Opening};
@@ -33,6 +35,7 @@ use crate::link::{Credentials, Stream};
 use crate::units::{PageIndex, PageRange};
 use crate::wire::{ChannelKind, Features, MAX_BITMAP_PAGES, SessionId};
 
+pub use called::Callers;
 pub use error::RemoteError;
 pub use url::RemoteUrl;
 
@@ -85,7 +88,7 @@ pub struct RemoteSource {
 
 struct Shared {
     /// Tried in turn.
-    urls: Vec<RemoteUrl>,
+    ways: Vec<Way>,
     options: RemoteOptions,
     timeout: Duration,
     /// How long one server may take to be connected to.
@@ -158,7 +161,9 @@ impl RemoteSource {
             };
             match opening.open_with_metadata() {
                 Ok((opened, metadata)) => {
-                    let source = Self::start(urls, options, server, opened);
+                    let ways = urls.iter().cloned().map(Way::Server).collect();
+                    let terms = (opened.pages, opened.digest);
+                    let source = Self::start(ways, options, terms, Some((server, opened)));
                     return Ok((source, metadata));
                 }
                 Err(error) => {
@@ -173,18 +178,30 @@ impl RemoteSource {
         Err(failure)
     }
 
-    fn start(urls: &[RemoteUrl], options: RemoteOptions, server: usize, demand: Opened) -> Self {
-        let (pages, digest) = (demand.pages, demand.digest);
+    /// The `pages` pages of a machine whose provider opens the channels, and opens them again when they are lost.
+    pub fn called(callers: Arc<Callers>, pages: u64, options: RemoteOptions) -> Self {
+        Self::start(vec![Way::Callers(callers)], options, (pages, None), None)
+    }
+
+    /// With the first demand channel, and the place it is to, if there is one.
+    fn start(
+        ways: Vec<Way>,
+        options: RemoteOptions,
+        (pages, digest): (u64, Option<[u8; 32]>),
+        mut first: Option<(usize, Opened)>,
+    ) -> Self {
         let fill = options.connections.clamp(1, MAX_CONNECTIONS);
         let kinds = [ChannelKind::Demand]
             .into_iter()
             .chain(vec![ChannelKind::Background; fill]);
-        let mut sessions = vec![SessionId::NEW; urls.len()];
-        sessions[server] = demand.session;
+        let mut sessions = vec![SessionId::NEW; ways.len()];
+        if let Some((server, demand)) = &first {
+            sessions[*server] = demand.session;
+        }
         let shared = Arc::new(Shared {
-            urls: urls.to_vec(),
             timeout: options.timeout,
-            patience: patience(options.timeout, urls.len()),
+            patience: patience(options.timeout, ways.len()),
+            ways,
             // A quarter: nothing, then nothing after being asked for a sign, and there is time left to look elsewhere.
             silence: (options.timeout / 4).clamp(LEAST_PATIENCE, SILENCE),
             sessions: Mutex::new(sessions),
@@ -202,7 +219,6 @@ impl RemoteSource {
             requests: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
         });
-        let mut first = Some((server, demand));
         for (index, lane) in shared.lanes.iter().enumerate() {
             let keeper = Keeper::new(Arc::clone(&shared), Arc::clone(lane));
             let first = first.take();
@@ -231,9 +247,9 @@ impl Drop for RemoteSource {
 impl PageSource for RemoteSource {
     fn url(&self) -> String {
         self.shared
-            .urls
+            .ways
             .iter()
-            .map(RemoteUrl::to_string)
+            .map(Way::to_string)
             .collect::<Vec<_>>()
             .join(",")
     }
@@ -305,7 +321,12 @@ impl PageSource for RemoteSource {
             connections: 1,
             ..shared.options.clone()
         };
-        let (source, _) = Self::connect_to(&shared.urls, options, shared.digest, Some(shared.pages))
+        let urls: Vec<RemoteUrl> = shared.servers().cloned().collect();
+        if urls.len() < shared.ways.len() {
+            // Who calls has called for this source alone.
+            return Ok(None);
+        }
+        let (source, _) = Self::connect_to(&urls, options, shared.digest, Some(shared.pages))
             .map_err(|error| SourceError::Lost(error.into()))?;
         Ok(Some(Arc::new(source)))
     }
@@ -325,6 +346,11 @@ impl PageSource for RemoteSource {
         self.shared.closing.store(true, Relaxed);
         for lane in &self.shared.lanes {
             lane.close();
+        }
+        for place in &self.shared.ways {
+            if let Way::Callers(callers) = place {
+                callers.close();
+            }
         }
     }
 
@@ -378,6 +404,13 @@ impl Shared {
             (Class::Background, Some(lane)) => lane,
             _ => &self.lanes[0],
         }
+    }
+
+    fn servers(&self) -> impl Iterator<Item = &RemoteUrl> {
+        self.ways.iter().filter_map(|place| match place {
+            Way::Server(url) => Some(url),
+            Way::Callers(_) => None,
+        })
     }
 
     fn is_known_zero(&self, page: PageIndex) -> bool {

@@ -167,6 +167,8 @@ impl MessageType {
             Self::Pages | Self::Zero => carries_pages && provider,
             Self::Discard | Self::Metadata => provider,
             Self::Cancel | Self::Locality | Self::MetadataRequest => !provider,
+            Self::Machine | Self::State => !carries_pages && provider,
+            Self::Handover => !carries_pages,
             // Bitmaps are asked for by either side, and who is asked may fail. The rest is about the channel itself.
             _ => true,
         }

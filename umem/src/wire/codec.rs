@@ -3,8 +3,9 @@
 use super::fields::Fields;
 use super::header::{check_id, check_length};
 use super::{
-    Bitmap, BitmapRequest, Epoch, Failed, Goodbye, HEADER_SIZE, Header, Hello, MAX_PAGES, MAX_PAYLOAD,
-    MAX_RANGES, MessageType, Pages, Ranges, Refused, Request, RequestId, Welcome, WireError, Zero,
+    Bitmap, BitmapRequest, Epoch, Failed, Goodbye, HEADER_SIZE, Handover, Header, Hello, MAX_PAGES,
+    MAX_PAYLOAD, MAX_RANGES, MessageType, Pages, Ranges, Refused, Request, RequestId, Welcome, WireError,
+    Zero,
 };
 use crate::units::PageIndex;
 
@@ -85,6 +86,19 @@ pub enum Message<'a> {
         /// At most 1 MiB; the VMM knows what it means.
         bytes: &'a [u8],
     },
+    /// A machine that is about to move: what the other side has to make for it. The payload is at most 1 MiB; the VMM knows what it
+    /// means.
+    Machine {
+        /// The description.
+        bytes: &'a [u8],
+    },
+    /// All of a machine's state but RAM, in the same manner.
+    State {
+        /// The state.
+        bytes: &'a [u8],
+    },
+    /// Whose the machine is.
+    Handover(Handover<'a>),
     /// One that this version does not know and may skip.
     Unknown {
         /// Its type.
@@ -119,6 +133,9 @@ impl<'a> Message<'a> {
             Self::Bitmap(_) => MessageType::Bitmap,
             Self::MetadataRequest { .. } => MessageType::MetadataRequest,
             Self::Metadata { .. } => MessageType::Metadata,
+            Self::Machine { .. } => MessageType::Machine,
+            Self::State { .. } => MessageType::State,
+            Self::Handover(_) => MessageType::Handover,
             Self::Unknown { code, .. } => MessageType::Other(*code),
         }
     }
@@ -210,6 +227,9 @@ impl<'a> Message<'a> {
                 request,
                 bytes: fields.rest(),
             },
+            MessageType::Machine => Self::Machine { bytes: fields.rest() },
+            MessageType::State => Self::State { bytes: fields.rest() },
+            MessageType::Handover => return Handover::decode(fields).map(Self::Handover),
             MessageType::Other(code) => Self::Unknown {
                 code,
                 id,
@@ -255,7 +275,11 @@ impl<'a> Message<'a> {
             Self::Locality { page } => out.extend_from_slice(&locality(*page)?.0.to_le_bytes()),
             Self::BitmapRequest(request) => return request.encode(out),
             Self::Bitmap(bitmap) => return bitmap.encode(out),
-            Self::Metadata { bytes, .. } | Self::Unknown { payload: bytes, .. } => {
+            Self::Handover(handover) => handover.encode(out),
+            Self::Metadata { bytes, .. }
+            | Self::Machine { bytes }
+            | Self::State { bytes }
+            | Self::Unknown { payload: bytes, .. } => {
                 out.extend_from_slice(bytes);
             }
         }

@@ -20,7 +20,7 @@ const SEQUENCE_AT: usize = 24;
 const CHECKSUM_AT: usize = 28;
 
 codes! {
-    /// What a frame is. The high byte is the group; 0x04 is set aside for moving machines, 0xf0 for trials.
+    /// What a frame is. The high byte is the group; 0x04 is about moving machines, 0xf0 for trials.
     pub enum MessageType {
         /// [`Hello`](super::Hello), the first frame on every channel.
         Hello = 0x0001 => "hello",
@@ -60,6 +60,12 @@ codes! {
         MetadataRequest = 0x0303 => "metadata request",
         /// This.
         Metadata = 0x0304 => "metadata",
+        /// What machine is about to move.
+        Machine = 0x0401 => "machine",
+        /// All of its state but RAM.
+        State = 0x0402 => "machine state",
+        /// [`Handover`](super::Handover): whose it is.
+        Handover = 0x0403 => "handover",
     }
 }
 
@@ -80,6 +86,8 @@ impl MessageType {
             Self::Discard => (24, 8 + 16 * MAX_RANGES),
             Self::Bitmap => (17, 16 + MAX_BITMAP_PAGES as usize / 8),
             Self::Metadata => (0, MAX_METADATA),
+            Self::Machine | Self::State => (1, MAX_METADATA),
+            Self::Handover => (8, 8 + MAX_TEXT),
             Self::Other(_) => (0, MAX_PAYLOAD),
         }
     }
@@ -90,6 +98,7 @@ impl MessageType {
             Self::Cancel => Features::CANCEL,
             Self::Discard => Features::DISCARD,
             Self::Locality => Features::LOCALITY,
+            Self::Machine | Self::State | Self::Handover => Features::HANDOVER,
             _ => Features::NONE,
         }
     }
@@ -113,7 +122,10 @@ impl MessageType {
             | Self::Goodbye
             | Self::Cancel
             | Self::Discard
-            | Self::Locality => id == 0,
+            | Self::Locality
+            | Self::Machine
+            | Self::State
+            | Self::Handover => id == 0,
             // Tokens and numbers, and pages that may be pushed.
             _ => true,
         }

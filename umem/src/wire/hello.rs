@@ -12,7 +12,7 @@ use crate::units::PAGE_SIZE;
 const MAGIC: [u8; 8] = *b"umemwire";
 
 /// The version that this program speaks.
-pub const VERSION: Version = Version { major: 1, minor: 0 };
+pub const VERSION: Version = Version { major: 1, minor: 1 };
 
 /// A version of the protocol. Those with the same major number understand each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,8 +48,10 @@ impl Features {
     pub const DISCARD: Self = Self(1 << 4);
     /// The fetcher says where the guest is.
     pub const LOCALITY: Self = Self(1 << 5);
+    /// The provider may hand a machine over (since 1.1).
+    pub const HANDOVER: Self = Self(1 << 6);
     /// All that this version knows.
-    pub const ALL: Self = Self((1 << 6) - 1);
+    pub const ALL: Self = Self((1 << 7) - 1);
 
     /// Those that both have.
     pub const fn and(self, other: Self) -> Self {

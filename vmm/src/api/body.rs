@@ -1,6 +1,6 @@
 //! What a request brings.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody};
@@ -8,8 +8,11 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use umem::link::Address;
+use umem::source::remote::MAX_CONNECTIONS;
 
 use super::error::ApiError;
+use crate::migration::{MigrationOptions, Mode, TimeoutStrategy};
 use crate::snapshot::{SnapshotOptions, Then};
 
 /// The most that a body may be: far more than any request needs.
@@ -62,6 +65,84 @@ impl SnapshotRequest {
         };
         Ok(options)
     }
+}
+
+/// `vm.send-migration`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MigrationRequest {
+    /// Where the VM is waited for: `tcp:HOST:PORT` or `unix:PATH`.
+    destination_url: String,
+    memory_mode: Option<Mode>,
+    downtime_ms: Option<u64>,
+    timeout_s: Option<u64>,
+    timeout_strategy: Option<TimeoutStrategyRequest>,
+    connections: Option<usize>,
+    /// An absolute path.
+    tls_dir: Option<PathBuf>,
+    /// A VM that is still arriving is sent on when it has all pages.
+    #[serde(default)]
+    wait: bool,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TimeoutStrategyRequest {
+    Cancel,
+    Switch,
+}
+
+impl MigrationRequest {
+    /// How the VM is to be sent.
+    pub(super) fn options(self, record: Option<PathBuf>) -> Result<MigrationOptions, ApiError> {
+        let destination = match self.destination_url.parse() {
+            Ok(Address::Unix(path)) if !path.is_absolute() => None,
+            address => address.ok(),
+        };
+        let Some(destination) = destination else {
+            return Err(ApiError::BadMigrationDestination(self.destination_url));
+        };
+        if let Some(directory) = self.tls_dir.as_ref().filter(|directory| !directory.is_absolute()) {
+            return Err(ApiError::BadMigration(format!(
+                "tls_dir '{}' is no absolute path",
+                directory.display()
+            )));
+        }
+        if self.tls_dir.is_some() && !matches!(destination, Address::Tcp(_)) {
+            return Err(ApiError::BadMigration(format!(
+                "tls_dir is for TCP, which {destination} is not"
+            )));
+        }
+        let mut options = MigrationOptions::to(destination);
+        if let Some(connections) = self.connections {
+            if !(1..=MAX_CONNECTIONS).contains(&connections) {
+                return Err(ApiError::BadMigration(format!(
+                    "connections={connections} is not from 1 to {MAX_CONNECTIONS}"
+                )));
+            }
+            options.connections = connections;
+        }
+        options.mode = self.memory_mode.unwrap_or(options.mode);
+        options.downtime = self.downtime_ms.map_or(options.downtime, Duration::from_millis);
+        options.timeout = self.timeout_s.map_or(options.timeout, Duration::from_secs);
+        options.timeout_strategy = match self.timeout_strategy {
+            None => options.timeout_strategy,
+            Some(TimeoutStrategyRequest::Cancel) => TimeoutStrategy::Cancel,
+            Some(TimeoutStrategyRequest::Switch) => TimeoutStrategy::Switch,
+        };
+        options.tls_directory = self.tls_dir;
+        options.wait_for_arrival = self.wait;
+        options.record = record;
+        Ok(options)
+    }
+}
+
+/// `vm.take-back`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TakeBackRequest {
+    /// Of the migration that is in doubt.
+    pub(super) token: String,
 }
 
 /// The path of a `file:` URL, if it is absolute: this program's current directory is not its client's.

@@ -7,7 +7,8 @@ use serde::Serialize;
 use thiserror::Error;
 use umem::causes::causes;
 
-use crate::control::{PauseError, ResumeError, ShutdownError};
+use crate::control::{CancelError, PauseError, ResumeError, ShutdownError, TakeBackError};
+use crate::migration::MigrationError;
 use crate::snapshot::SnapshotError;
 
 /// Why a request is not served.
@@ -46,6 +47,12 @@ pub(super) enum ApiError {
         "a snapshot cannot be laid over '{0}': expected file: and the absolute path of a snapshot or an image"
     )]
     BadBase(String),
+    /// There no VM is waited for.
+    #[error("a VM cannot go to '{0}': expected tcp:HOST:PORT, or unix: and an absolute path")]
+    BadMigrationDestination(String),
+    /// It cannot be sent so.
+    #[error("{0}")]
+    BadMigration(String),
     /// More than there is room for.
     #[error("{0} clients listen to events, and no more may")]
     TooManyListeners(usize),
@@ -58,6 +65,15 @@ pub(super) enum ApiError {
     /// There is no snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// It was not moved.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
+    /// It is being moved all the same.
+    #[error(transparent)]
+    Cancel(#[from] CancelError),
+    /// It was not taken back.
+    #[error(transparent)]
+    TakeBack(#[from] TakeBackError),
     /// It was not told to end.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),
@@ -85,20 +101,28 @@ impl ApiError {
             Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BrokenBody(_) | Self::BadBody(_) | Self::BadDestination(_) | Self::BadBase(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::BrokenBody(_)
+            | Self::BadBody(_)
+            | Self::BadDestination(_)
+            | Self::BadBase(_)
+            | Self::BadMigrationDestination(_)
+            | Self::BadMigration(_) => StatusCode::BAD_REQUEST,
             // It may be served later.
             Self::TooManyListeners(_)
             | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. })
             | Self::Snapshot(
                 SnapshotError::Busy | SnapshotError::Pause(PauseError::Busy | PauseError::VcpuWaits { .. }),
             )
+            | Self::Migration(MigrationError::Busy | MigrationError::Arriving(_))
             | Self::Resume(ResumeError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Pause(PauseError::AlreadyPaused | PauseError::WrongState(_))
             | Self::Resume(ResumeError::WrongState(_))
             | Self::Snapshot(SnapshotError::WrongState(_) | SnapshotError::Pause(_))
+            | Self::Migration(MigrationError::WrongState(_))
+            | Self::Cancel(_)
+            | Self::TakeBack(_)
             | Self::Shutdown(ShutdownError::Stopped) => StatusCode::CONFLICT,
+            Self::Migration(_) => StatusCode::BAD_GATEWAY,
             Self::Snapshot(_) | Self::Broken(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }

@@ -10,8 +10,11 @@ mod view;
 
 use std::convert::Infallible;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -23,13 +26,14 @@ use axum::routing::{MethodFilter, on};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio_stream::StreamExt;
-use umem::link::Listener;
+use umem::link::{Address, Listener};
 
-use self::body::{Nothing, SnapshotRequest, read};
+use self::body::{MigrationRequest, Nothing, SnapshotRequest, TakeBackRequest, read};
 use self::error::ApiError;
 use crate::address_map::PAGE_SIZE;
 use crate::control::Control;
 use crate::events::{Event, Events};
+use crate::migration::record_beside;
 use crate::snapshot::SnapshotProgress;
 use crate::{http, metrics};
 
@@ -38,6 +42,9 @@ const CONNECTIONS: usize = 64;
 
 /// Clients that listen to events at a time.
 const LISTENERS: usize = 16;
+
+/// How often progress is told.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What a request wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,19 +55,25 @@ enum Verb {
     Pause,
     Resume,
     Snapshot,
+    SendMigration,
+    CancelMigration,
+    TakeBack,
     Shutdown,
     Events,
     Metrics,
 }
 
 /// Everything that can be asked for, and how.
-const ROUTES: [(Method, &str, Verb); 9] = [
+const ROUTES: [(Method, &str, Verb); 12] = [
     (Method::GET, "/api/v1/vmm.ping", Verb::Ping),
     (Method::GET, "/api/v1/vm.info", Verb::Info),
     (Method::GET, "/api/v1/vm.counters", Verb::Counters),
     (Method::PUT, "/api/v1/vm.pause", Verb::Pause),
     (Method::PUT, "/api/v1/vm.resume", Verb::Resume),
     (Method::PUT, "/api/v1/vm.snapshot", Verb::Snapshot),
+    (Method::PUT, "/api/v1/vm.send-migration", Verb::SendMigration),
+    (Method::PUT, "/api/v1/vm.cancel-migration", Verb::CancelMigration),
+    (Method::PUT, "/api/v1/vm.take-back", Verb::TakeBack),
     (Method::PUT, "/api/v1/vm.shutdown", Verb::Shutdown),
     (Method::GET, "/api/v1/events", Verb::Events),
     (Method::GET, "/metrics", Verb::Metrics),
@@ -71,6 +84,8 @@ struct Api {
     control: Control,
     events: Events,
     started: Instant,
+    /// Where it is written down whose a VM is that moves.
+    record: Option<PathBuf>,
     /// Room for those who listen to events.
     listeners: Arc<Semaphore>,
 }
@@ -84,10 +99,15 @@ pub struct ApiServer {
 impl ApiServer {
     /// Answers at `listener` for the VM under `control`, of which `events` tell. `started` is when the program began.
     pub fn start(listener: Listener, control: Control, events: Events, started: Instant) -> io::Result<Self> {
+        let record = match listener.address()? {
+            Address::Unix(path) => Some(record_beside(&path)),
+            Address::Tcp(_) => None,
+        };
         let api = Arc::new(Api {
             control,
             events,
             started,
+            record,
             listeners: Arc::new(Semaphore::new(LISTENERS)),
         });
         let limits = http::Limits {
@@ -164,6 +184,26 @@ impl Api {
                 let made = blocking(move || control.snapshot(&options, &mut told_to(&events))).await??;
                 json(&view::Snapshot::new(&made))
             }
+            Verb::SendMigration => {
+                let wanted: MigrationRequest = read(body).await?;
+                let options = wanted.options(self.record.clone())?;
+                let (control, events) = (self.control.clone(), self.events.clone());
+                let sent = blocking(move || {
+                    let _telling = Telling::start(&control, &events);
+                    control.send_migration(&options)
+                });
+                json(&view::Migrated::new(&sent.await??))
+            }
+            Verb::CancelMigration => {
+                read::<Nothing>(body).await?;
+                self.control.cancel_migration()?;
+                Ok(done())
+            }
+            Verb::TakeBack => {
+                let wanted: TakeBackRequest = read(body).await?;
+                self.control.take_back(&wanted.token)?;
+                Ok(done())
+            }
             Verb::Shutdown => {
                 read::<Nothing>(body).await?;
                 self.control.shutdown()?;
@@ -209,6 +249,43 @@ fn told_to(events: &Events) -> impl FnMut(SnapshotProgress) {
                 total: total * PAGE_SIZE,
             });
         }
+    }
+}
+
+/// Tells how far a migration is, until it is dropped.
+struct Telling {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Telling {
+    fn start(control: &Control, events: &Events) -> Self {
+        let (control, events) = (control.clone(), events.clone());
+        let (stop, stopped) = mpsc::channel();
+        let tell = move || {
+            while stopped.recv_timeout(PROGRESS_INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if let Some(status) = control.migration() {
+                    events.tell(&Event::MigrationProgress(Box::new(status)));
+                }
+            }
+        };
+        // Without it there is no progress to be seen, and a migration all the same.
+        let thread = thread::Builder::new()
+            .name("migration-tell".into())
+            .spawn(tell)
+            .ok();
+        Self {
+            stop: Some(stop),
+            thread,
+        }
+    }
+}
+
+impl Drop for Telling {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // It does not panic.
+        let _ = self.thread.take().map(thread::JoinHandle::join);
     }
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use umem::pager::FaultClass;
 
 use crate::control::{Control, Counters};
+use crate::migration::{MigrationSummary, Status};
 use crate::report::{Latency, Source, milliseconds};
 use crate::snapshot::SnapshotSummary;
 
@@ -33,6 +34,9 @@ pub(super) struct Info {
     #[serde(flatten)]
     program: Ping,
     uptime_ms: f64,
+    /// The last migration, if there was any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    migration: Option<Status>,
     #[serde(flatten)]
     machine: Option<Machine>,
 }
@@ -74,6 +78,7 @@ impl Info {
             state: control.state().name(),
             program: Ping::new(),
             uptime_ms: milliseconds(started.elapsed()),
+            migration: control.migration(),
             machine: control.counters().map(|counters| Machine::new(counters, started)),
         }
     }
@@ -96,7 +101,7 @@ impl Machine {
                 removed: pager.states.removed,
                 demand: pager.demand,
                 prefetched: pager.prefetched,
-                pushed: 0,
+                pushed: pager.pushed,
                 zero: pager.zero,
                 duplicate: pager.duplicate,
                 resident: counters.resident,
@@ -109,6 +114,30 @@ impl Machine {
                 .filter(|(_, summary)| summary.count > 0)
                 .map(|(class, summary)| (class.name(), summary.into()))
                 .collect(),
+        }
+    }
+}
+
+/// A VM that has moved.
+#[derive(Debug, Serialize)]
+pub(super) struct Migrated {
+    mode: &'static str,
+    total_ms: f64,
+    downtime_ms: f64,
+    precopy_bytes: u64,
+    postcopy_bytes: u64,
+    rounds: u32,
+}
+
+impl Migrated {
+    pub(super) fn new(moved: &MigrationSummary) -> Self {
+        Self {
+            mode: moved.mode.name(),
+            total_ms: milliseconds(moved.total),
+            downtime_ms: milliseconds(moved.downtime),
+            precopy_bytes: moved.precopy_bytes,
+            postcopy_bytes: moved.postcopy_bytes,
+            rounds: moved.rounds,
         }
     }
 }
@@ -155,7 +184,7 @@ pub(super) fn counters(control: &Control) -> BTreeMap<&'static str, BTreeMap<&'s
     let pages = [
         ("demand", pager.demand),
         ("prefetched", pager.prefetched),
-        ("pushed", 0),
+        ("pushed", pager.pushed),
         ("zero", pager.zero),
         ("duplicate", pager.duplicate),
     ];

@@ -18,6 +18,7 @@ use crate::devices::EventLoopError;
 use crate::events::EventFileError;
 use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
+use crate::migration::ArrivalError;
 use crate::report::ReportError;
 use crate::snapshot::StateError;
 use crate::thread_placement::PlacementError;
@@ -31,6 +32,8 @@ pub(super) mod exit_code {
     pub(in crate::cli) const USAGE: u8 = 2;
     pub(in crate::cli) const HOST: u8 = 3;
     pub(in crate::cli) const SOURCE_LOST: u8 = 4;
+    /// The VM still runs where it was.
+    pub(in crate::cli) const MIGRATION: u8 = 5;
     pub(in crate::cli) const CORRUPT: u8 = 6;
     /// The guest ended with code n > 0: this plus n, at most 255.
     pub(in crate::cli) const GUEST: u8 = 64;
@@ -101,6 +104,9 @@ pub(super) enum CommandError {
     /// The VM cannot be run.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// No VM came.
+    #[error(transparent)]
+    Arrival(#[from] ArrivalError),
     /// A page cannot be had.
     #[error("the VM was stopped because a page of its memory cannot be had")]
     Pager(#[from] std::sync::Arc<PagerError>),
@@ -133,6 +139,9 @@ pub(super) enum CommandError {
     /// A running VM does not do what it is asked.
     #[error(transparent)]
     Ctl(#[from] CtlError),
+    /// A VM was not moved.
+    #[error(transparent)]
+    NotMigrated(CtlError),
     /// The log cannot be written.
     #[error("cannot open log file '{path}'")]
     LogFile {
@@ -157,6 +166,7 @@ impl CommandError {
             | Self::Output(_)
             | Self::Ctl(_)
             | Self::Report(_) => exit_code::RUNTIME,
+            Self::NotMigrated(_) => exit_code::MIGRATION,
             Self::Option { .. }
             | Self::Usage(_)
             | Self::NoReport(_)
@@ -178,6 +188,7 @@ impl CommandError {
             Self::WriteImage(error) => write_exit_code(error),
             Self::WorkingSet(error) => working_set_exit_code(error),
             Self::Machine(error) => machine_exit_code(error),
+            Self::Arrival(error) => arrival_exit_code(error),
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
             Self::HostLacks(_) => exit_code::HOST,
@@ -215,6 +226,7 @@ fn working_set_exit_code(error: &WorkingSetFileError) -> u8 {
 fn machine_exit_code(error: &MachineError) -> u8 {
     match error {
         MachineError::Host(HostError::Open(_)) => exit_code::RUNTIME,
+        MachineError::Arrival(error) => arrival_exit_code(error),
         MachineError::Host(_)
         | MachineError::Cpu(_)
         | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
@@ -249,6 +261,14 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::WorkingSet(_)
         | MachineError::Placement(PlacementError::Unknown(_))
         | MachineError::Os(_) => exit_code::RUNTIME,
+    }
+}
+
+fn arrival_exit_code(error: &ArrivalError) -> u8 {
+    match error {
+        ArrivalError::Os(_) => exit_code::RUNTIME,
+        ArrivalError::Stopped => exit_code::OK,
+        _ => exit_code::MIGRATION,
     }
 }
 

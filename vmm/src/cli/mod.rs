@@ -16,6 +16,7 @@ mod memory;
 mod options;
 mod oversight;
 mod progress;
+mod receive;
 mod run;
 mod serve;
 
@@ -55,6 +56,8 @@ struct LogOptions {
 enum Verb {
     /// Boot a VM, its RAM loaded lazily from a page source
     Run(run::RunOptions),
+    /// Wait for a VM to move here, then run it
+    Receive(receive::ReceiveOptions),
     /// Serve RAM images to any number of VMs
     Serve(serve::ServeOptions),
     /// Make, describe and check RAM images, without running the guest
@@ -98,6 +101,7 @@ pub fn main() -> ExitCode {
     };
     let result = start_log(&command_line.log).and_then(|()| match &command_line.verb {
         Verb::Run(options) => run::run(options, started),
+        Verb::Receive(options) => receive::run(options, started),
         Verb::Serve(options) => serve::run(options),
         Verb::Image { verb } => {
             end_when_nobody_reads();

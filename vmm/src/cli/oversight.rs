@@ -18,6 +18,7 @@ use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::events::{Event, EventFile, EventWriter, Events, Watch, WatchOptions};
 use crate::machine::{MachineConfig, MachineError};
+use crate::migration;
 use crate::report::Report;
 use crate::signals;
 
@@ -36,6 +37,13 @@ pub(super) struct OversightOptions {
         help = format!("Write events as JSON lines to a file or pipe: {EVENT_MONITOR_SYNTAX}")
     )]
     event_monitor: Option<String>,
+}
+
+impl OversightOptions {
+    /// Where it is written down whose a VM is that moves: beside the API socket, if there is one.
+    pub(super) fn migration_record(&self) -> Option<PathBuf> {
+        self.api_socket.as_deref().map(migration::record_beside)
+    }
 }
 
 /// Everything that drives or watches a VM from outside.

@@ -1,6 +1,6 @@
 //! `umem run`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,6 +21,7 @@ use super::options::{KeyValues, OptionError, Seconds, Size, SourceUrl};
 use super::oversight::{Oversight, OversightOptions};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
+use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
@@ -80,18 +81,28 @@ pub(super) struct RunOptions {
 }
 
 pub(super) fn run(options: &RunOptions, started: Instant) -> Result<(), CommandError> {
-    let target = options
-        .report
-        .as_deref()
+    run_machine(options.report.as_deref(), &options.oversight, started, |_| {
+        configure(options)
+    })
+}
+
+/// Runs the VM that `configure` makes, and leaves a report behind.
+pub(super) fn run_machine(
+    report: Option<&Path>,
+    options: &OversightOptions,
+    started: Instant,
+    configure: impl FnOnce(&Control) -> Result<MachineConfig, CommandError>,
+) -> Result<(), CommandError> {
+    let target = report
         .map(ReportTarget::new)
         .transpose()
         .map_err(CommandError::NoReport)?;
     let mut report = Report::default();
     let mut oversight = None;
-    let result = Oversight::start(&options.oversight, started)
+    let result = Oversight::start(options, started)
         .and_then(|begun| {
             let oversight = oversight.insert(begun);
-            let config = configure(options)?;
+            let config = configure(oversight.control())?;
             oversight.watch(&config)?;
             Ok(machine::run(&config, oversight.control(), started, &mut report)?)
         })
@@ -142,6 +153,7 @@ fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
                 Ending::TripleFault => "triple-fault",
                 Ending::Panic => "panic",
                 Ending::Stopped => "stopped",
+                Ending::Migrated => "migrated",
                 Ending::Error(_) => "error",
             };
             match ending {
@@ -155,7 +167,7 @@ fn judge(outcome: Outcome, report: &mut Report) -> Result<(), CommandError> {
                         ),
                     }
                 }
-                Ending::PowerOff | Ending::Stopped => Ok(()),
+                Ending::PowerOff | Ending::Stopped | Ending::Migrated => Ok(()),
                 Ending::Reset => guest("the guest asked for a reset", exit_code::GUEST_RESET),
                 Ending::TripleFault => guest("the guest crashed: triple fault", exit_code::GUEST_RESET),
                 Ending::Panic => guest("the guest reported that it crashed", exit_code::GUEST_RESET),
@@ -327,6 +339,7 @@ fn lay_over(source: RamSource, layout: Layout, memory: &MemoryOptions) -> Result
             return Ok(RamSource::Source(Arc::new(LayoutSource::new(layout, source))));
         }
         RamSource::Pager(pager) => pager,
+        RamSource::Arriving(_) => return Ok(source),
     };
     if memory.page_size == PageSize::Huge {
         let text = "--cmdline with another command line than the image's needs small pages when a pager in another process \

@@ -170,14 +170,26 @@ fn check_exposure(options: &ServeOptions) -> Result<Option<Credentials>, Command
         options.metrics.as_ref(),
     ];
     for address in plaintext.into_iter().flatten() {
-        if !options.allow_plaintext && !is_loopback(address)? {
-            return Err(CommandError::Usage(format!(
-                "{address} can be reached from other hosts, and whoever reaches it can read what is there: listen on 127.0.0.1 or \
-                 [::1], use --tls-dir for images, or say --allow-plaintext",
-            )));
-        }
+        refuse_exposure(address, false, options.allow_plaintext)?;
     }
     Ok(options.tls_dir.as_deref().map(Credentials::load).transpose()?)
+}
+
+/// Refuses an address that strangers can reach, unless they are kept out by TLS or are wanted.
+pub(super) fn refuse_exposure(address: &Address, tls: bool, wanted: bool) -> Result<(), CommandError> {
+    if tls && !matches!(address, Address::Tcp(_)) {
+        return Err(CommandError::Usage(
+            "--tls-dir is for TCP, and nothing listens there: a Unix socket is guarded by its file's permissions and needs no TLS"
+                .into(),
+        ));
+    }
+    if tls || wanted || is_loopback(address)? {
+        return Ok(());
+    }
+    Err(CommandError::Usage(format!(
+        "{address} can be reached from other hosts, and whoever reaches it can read what is there: listen on 127.0.0.1 or [::1], \
+         use --tls-dir, or say --allow-plaintext",
+    )))
 }
 
 /// Whether nobody on another host can connect to `address`.

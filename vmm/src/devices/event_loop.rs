@@ -89,6 +89,35 @@ impl EventLoop {
         self.add(Box::new(Descriptor { fd, handler, stopper }));
     }
 
+    /// Serves events until `done`, which is looked at whenever `wake` becomes readable, or until the VM ends.
+    pub fn run_until(
+        &mut self,
+        wake: EventFd,
+        done: impl Fn() -> bool,
+    ) -> Result<Option<Ending>, EventLoopError> {
+        let stopper = self.stopper.clone();
+        let handler = |_: BorrowedFd<'_>| None;
+        let wake = self.manager.add_subscriber(Box::new(Descriptor {
+            fd: wake,
+            handler,
+            stopper,
+        }));
+        let ended = loop {
+            if let Some(ending) = self.stopper.ending() {
+                break Some(ending);
+            }
+            if done() {
+                break None;
+            }
+            self.manager.run().map_err(EventLoopError::Manager)?;
+        };
+        // It stays readable.
+        self.manager
+            .remove_subscriber(wake)
+            .map_err(EventLoopError::Manager)?;
+        Ok(ended)
+    }
+
     /// Serves events until the VM ends.
     pub fn run(&mut self) -> Result<Ending, EventLoopError> {
         loop {

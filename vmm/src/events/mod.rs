@@ -9,6 +9,7 @@ mod watch;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::migration::Status;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::broadcast::{self, error::RecvError};
@@ -64,6 +65,8 @@ pub enum Event {
         /// Bytes in all.
         total: u64,
     },
+    /// The VM is being sent to another host.
+    MigrationProgress(Box<Status>),
     /// The guest has ended, or was ended.
     Exit {
         /// How, in the report's word.
@@ -83,9 +86,10 @@ impl Event {
             Self::FillProgress { .. } | Self::AllPagesPresent { .. } => "memory",
             Self::SourceLost { .. } | Self::SourceBack { .. } => "page-source",
             Self::SnapshotProgress { .. } => "snapshot",
+            Self::MigrationProgress(_) => "migration",
             // Whom the guest did not survive.
             Self::Exit {
-                outcome: "stopped" | "source-lost" | "error",
+                outcome: "stopped" | "migrated" | "source-lost" | "error",
                 ..
             } => "vmm",
             Self::Exit { .. } => "guest",
@@ -99,7 +103,7 @@ impl Event {
             Self::AllPagesPresent { .. } => "all-pages-present",
             Self::SourceLost { .. } => "lost",
             Self::SourceBack { .. } => "back",
-            Self::SnapshotProgress { .. } => "progress",
+            Self::SnapshotProgress { .. } | Self::MigrationProgress(_) => "progress",
             Self::Exit { .. } => "exit",
         }
     }
@@ -114,6 +118,8 @@ impl Event {
                 json!({ "url": url, "lost_ms": crate::report::milliseconds(*lost_for) })
             }
             Self::SnapshotProgress { done, total } => json!({ "bytes": done, "total": total }),
+            // Texts and numbers can be written.
+            Self::MigrationProgress(status) => serde_json::to_value(status).unwrap_or_default(),
             Self::Exit { outcome, code, error } => {
                 let mut properties = json!({ "outcome": outcome });
                 if let Some(code) = code {

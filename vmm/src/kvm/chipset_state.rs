@@ -66,6 +66,11 @@ impl ChipsetState {
         })
     }
 
+    /// How long ago it was read, by the hosts' clocks.
+    pub fn age(&self) -> std::time::Duration {
+        passed_since(self.saved_at_ns)
+    }
+
     /// Writes it to a VM whose vCPUs have their state and do not run yet: an interrupt that is pending at a controller goes on to
     /// a local APIC, which must not be written after that.
     ///

@@ -12,7 +12,7 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno;
 
-use super::{CpuModel, CpuModelError, ExitCounts, ExitReason, KickError, VcpuKick, VcpuState, Vm};
+use super::{CpuModel, CpuModelError, ExitCounts, ExitReason, KickError, VcpuKick, Vm};
 use crate::ending::Ending;
 
 /// Where a vCPU's accesses to ports, and to guest-physical addresses without memory, end up.
@@ -173,14 +173,15 @@ impl Vcpu {
         Self::create(vm, index, model, frequency)
     }
 
-    /// The same for a state that is to be restored: its CPUID says the frequency of the time stamp counter as it did before.
+    /// The same for a state that is to be restored: its CPUID says the frequency of the time stamp counter as it did before, if that was
+    /// known.
     pub fn for_state(
         vm: &Vm,
         index: u32,
         model: &CpuModel,
-        state: &VcpuState,
+        tsc_khz: Option<u32>,
     ) -> Result<Self, VcpuSetupError> {
-        Self::create(vm, index, model, |_| state.tsc_khz())
+        Self::create(vm, index, model, |_| tsc_khz)
     }
 
     fn create(
@@ -219,6 +220,11 @@ impl Vcpu {
     /// Which vCPU of its VM it is.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The frequency of its time stamp counter, if KVM knows it.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.fd.get_tsc_khz().ok().filter(|khz| *khz > 0)
     }
 
     /// What makes it return.

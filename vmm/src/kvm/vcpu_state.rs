@@ -190,7 +190,7 @@ impl VcpuState {
         let saved_at_ns = now_ns();
         Ok(Self {
             saved_at_ns,
-            tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
+            tsc_khz: vcpu.tsc_khz(),
             registers: fd.get_regs().map_err(part("the registers"))?,
             system_registers: get_sregs(fd, list).map_err(part("the system registers"))?,
             debug_registers: fd.get_debug_regs().map_err(part("the debug registers"))?,
@@ -205,7 +205,7 @@ impl VcpuState {
     }
 
     /// The frequency of its time stamp counter, if KVM knew it.
-    pub(super) fn tsc_khz(&self) -> Option<u32> {
+    pub fn tsc_khz(&self) -> Option<u32> {
         self.tsc_khz
     }
 

@@ -132,6 +132,15 @@ enum At {
     Gone,
 }
 
+/// How vCPUs begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// They run.
+    Running,
+    /// They stand, until [`Vcpus::unpark`].
+    Standing,
+}
+
 /// The end of the threads.
 pub(crate) struct Threads {
     all_ended: Receiver<()>,
@@ -159,18 +168,22 @@ impl Vcpus {
         bus: &Arc<DeviceBus>,
         stopper: Stopper,
         restore: Option<Restore>,
+        begin: Begin,
         places: Places,
         on_first_instruction: impl Fn() + Send + Sync + 'static,
     ) -> (Arc<Self>, Threads, Option<io::Error>) {
         let gate = Gate {
-            wanted: Wanted::Run,
+            wanted: match begin {
+                Begin::Running => Wanted::Run,
+                Begin::Standing => Wanted::Stand,
+            },
             places: vcpus.iter().map(|_| Place::default()).collect(),
             unrestored: if restore.is_some() { vcpus.len() } else { 0 },
         };
         let shared = Arc::new(Self {
             gate: Mutex::new(gate),
             changed: Condvar::new(),
-            attention: AtomicBool::new(false),
+            attention: AtomicBool::new(begin == Begin::Standing),
             kicks: vcpus.iter().map(Vcpu::kick_handle).collect(),
             exits: vcpus.iter().map(Vcpu::exits).collect(),
             bus: Arc::clone(bus),
@@ -220,6 +233,9 @@ impl Vcpus {
         if let Some(restore) = &self.restore
             && !self.restore(vcpu, restore)
         {
+            return;
+        }
+        if self.attention.load(SeqCst) && !self.stand(vcpu) {
             return;
         }
         if vcpu.index() == 0 && self.first_instruction.set(Instant::now()).is_ok() {
@@ -335,6 +351,21 @@ impl Vcpus {
         }
     }
 
+    /// Waits until all stand that began so.
+    pub(crate) fn await_standing(&self) -> Result<(), ParkError> {
+        let mut gate = self.lock();
+        loop {
+            let mut places = gate.places.iter();
+            if gate.wanted != Wanted::Stand || gate.places.iter().any(|place| place.at == At::Gone) {
+                return Err(ParkError::Ended);
+            }
+            if places.all(|place| place.at == At::Standing) {
+                return Ok(());
+            }
+            gate = self.wait(gate);
+        }
+    }
+
     /// Lets all run again.
     pub(crate) fn unpark(&self) {
         self.release(&mut self.lock());
@@ -403,6 +434,13 @@ impl Vcpus {
     /// When the first vCPU entered the guest.
     pub(crate) fn first_instruction(&self) -> Option<Instant> {
         self.first_instruction.get().copied()
+    }
+
+    /// How long ago the state was saved that they began in, by the hosts' clocks.
+    pub(crate) fn state_age(&self) -> Duration {
+        self.restore
+            .as_ref()
+            .map_or(Duration::ZERO, |restore| restore.saved.age())
     }
 
     /// How often vCPUs left the guest, all together.

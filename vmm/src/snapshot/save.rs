@@ -402,7 +402,7 @@ fn steps(pages: PageRange) -> impl Iterator<Item = PageRange> {
 }
 
 /// The source, read beside the pager: what happens to it here does not end the VM.
-struct Beside {
+pub(crate) struct Beside {
     source: Arc<dyn PageSource>,
     url: String,
     failure: Arc<Failure>,
@@ -425,7 +425,7 @@ impl PageSink for Failure {
 }
 
 impl Beside {
-    fn open(source: &Arc<dyn PageSource>) -> Result<Self, SnapshotError> {
+    pub(crate) fn open(source: &Arc<dyn PageSource>) -> Result<Self, SnapshotError> {
         let url = source.url();
         let failure = Arc::new(Failure::default());
         let own = source.beside().map_err(|source| SnapshotError::Source {
@@ -452,7 +452,7 @@ impl Beside {
         }
     }
 
-    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SnapshotError> {
+    pub(crate) fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SnapshotError> {
         if within.count == 0 {
             return Ok(None);
         }
@@ -465,7 +465,7 @@ impl Beside {
             .filter(|run| run.count > 0))
     }
 
-    fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SnapshotError> {
+    pub(crate) fn read(&self, pages: PageRange, buffer: &mut [u8]) -> Result<Content, SnapshotError> {
         let content = self.source.read(pages, Class::Background, buffer);
         content.map_err(|error| self.failed(error))
     }

@@ -29,6 +29,12 @@ pub enum RemoteError {
         /// Why, in its words.
         text: String,
     },
+    /// It was to call, and has not.
+    #[error("{name} has not called")]
+    NobodyCalled {
+        /// Who was to call.
+        name: String,
+    },
     /// The channel ended.
     #[error("the connection to {url} failed")]
     Channel {

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::called::Way;
 use super::lane::Lane;
 use super::opened::{Opened, Opening};
 use super::receive::{Life, Link};
@@ -148,7 +149,7 @@ impl Keeper {
     fn lose(&mut self, link: Link, ended: Ended) -> ControlFlow<()> {
         let shared = Arc::clone(&self.shared);
         let (server, answered_at, lasted) = (link.server, link.life.answered, link.life.since.elapsed());
-        let url = &shared.urls[server];
+        let url = &shared.ways[server];
         let answered = self.note_answers();
         if let Ended::Goodbye = ended {
             tracing::info!(%url, channel = %self.lane.kind, "page server is about to end, asking elsewhere");
@@ -160,7 +161,7 @@ impl Keeper {
         if shared.closing.load(Relaxed) {
             return ControlFlow::Break(());
         }
-        let next = (server + 1) % shared.urls.len();
+        let next = (server + 1) % shared.ways.len();
         let since = match &ended {
             // From then on it was of no use.
             Ended::Channel(ChannelError::Quiet) => answered_at,
@@ -208,12 +209,12 @@ impl Keeper {
         let shared = Arc::clone(&self.shared);
         loop {
             let mut failure = None;
-            for offset in 0..shared.urls.len() {
+            for offset in 0..shared.ways.len() {
                 if shared.closing.load(Relaxed) {
                     return None;
                 }
-                let server = (self.first + offset) % shared.urls.len();
-                match shared.opening(server, self.lane.kind).open() {
+                let server = (self.first + offset) % shared.ways.len();
+                match shared.open(server, self.lane.kind) {
                     Ok(opened) => return Some((server, opened)),
                     Err(error) => failure = Some((server, error)),
                 }
@@ -283,7 +284,7 @@ impl Keeper {
             if left.is_zero() {
                 let error = RemoteError::TimedOut {
                     after: shared.timeout,
-                    url: shared.urls[server].to_string(),
+                    url: shared.ways[server].to_string(),
                     source: Box::new(error),
                 };
                 shared.give_up(&self.lane, SourceError::Lost(error.into()));
@@ -345,10 +346,14 @@ impl Shared {
         }
     }
 
-    /// How a channel to a server is opened.
-    fn opening(&self, server: usize, channel: ChannelKind) -> Opening<'_> {
-        Opening {
-            url: &self.urls[server],
+    /// Opens a channel to a server, or takes one that its provider has opened.
+    fn open(&self, server: usize, channel: ChannelKind) -> Result<Opened, RemoteError> {
+        let url = match &self.ways[server] {
+            Way::Server(url) => url,
+            Way::Callers(callers) => return callers.take(channel, self.patience),
+        };
+        let opening = Opening {
+            url,
             channel,
             digest: self.digest,
             pages: Some(self.pages),
@@ -356,6 +361,7 @@ impl Shared {
             features: self.options.features(),
             credentials: self.options.credentials.as_ref(),
             patience: self.patience,
-        }
+        };
+        opening.open()
     }
 }

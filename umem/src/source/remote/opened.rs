@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{RemoteError, RemoteUrl};
+use crate::call::{self, CallError};
 use crate::channel::{ChannelError, Receiver, Sender};
 use crate::link::{Credentials, Stream};
 use crate::wire::{
-    ChannelKind, Epoch, Features, Hello, Incoming, Message, RefuseCode, RequestId, Role, SessionId, VERSION,
+    ChannelKind, Epoch, Features, Hello, Message, RefuseCode, RequestId, Role, SessionId, VERSION, Welcome,
 };
 
 /// A channel that is to be opened.
@@ -36,6 +37,24 @@ pub(super) struct Opened {
     pub(super) session: SessionId,
     /// How often each side says something; `None`: when it has to.
     pub(super) keep_alive: Option<Duration>,
+}
+
+impl Opened {
+    pub(super) fn new(sender: Sender, receiver: Receiver, stream: Arc<Stream>, welcome: &Welcome) -> Self {
+        let keep_alive = match welcome.keep_alive_ms {
+            0 => None,
+            milliseconds => Some(Duration::from_millis(milliseconds.into())),
+        };
+        Self {
+            sender,
+            receiver,
+            stream,
+            pages: welcome.pages,
+            digest: welcome.digest,
+            session: welcome.session,
+            keep_alive,
+        }
+    }
 }
 
 impl Opening<'_> {
@@ -66,9 +85,6 @@ impl Opening<'_> {
             url: self.url.to_string(),
             source,
         })?;
-        let stream = Arc::new(stream);
-        let mut sender = Sender::new(Arc::clone(&stream));
-        let mut receiver = Receiver::new(Arc::clone(&stream), Incoming::connector());
         let hello = Hello {
             version: VERSION,
             features: self.features,
@@ -81,39 +97,20 @@ impl Opening<'_> {
             digest: self.digest,
             image: &self.url.image,
         };
-        let sent = sender.send(&Message::Hello(hello));
-        let welcome = match (receiver.receive(), sent) {
-            (Ok(Message::Welcome(welcome)), _) => welcome,
-            (Ok(Message::Refused(refused)), _) => {
-                let (code, text) = (refused.code, refused.text.to_owned());
-                return Err(RemoteError::Refused {
-                    url: self.url.to_string(),
-                    code,
-                    text,
-                });
-            }
-            // A server that closed has most often said why before, which says more than that nothing can be sent.
-            (Err(ChannelError::Closed), Err(error)) | (Err(error), _) => return Err(self.failed(error)),
-            // `Incoming` lets nothing else through.
-            (Ok(_), _) => return Err(self.failed(ChannelError::Closed)),
-        };
-        welcome.check(&hello).map_err(|error| self.failed(error.into()))?;
-        receiver
-            .incoming
-            .open(self.channel, Role::Provider, welcome.features);
-        let keep_alive = match welcome.keep_alive_ms {
-            0 => None,
-            milliseconds => Some(Duration::from_millis(milliseconds.into())),
-        };
-        Ok(Opened {
+        let call::Opened {
             sender,
             receiver,
             stream,
-            pages: welcome.pages,
-            digest: welcome.digest,
-            session: welcome.session,
-            keep_alive,
-        })
+            welcome,
+        } = call::call(stream, &hello).map_err(|error| match error {
+            CallError::Refused { code, text } => RemoteError::Refused {
+                url: self.url.to_string(),
+                code,
+                text,
+            },
+            CallError::Channel(error) => self.failed(error),
+        })?;
+        Ok(Opened::new(sender, receiver, stream, &welcome))
     }
 
     fn connect(&self) -> io::Result<Stream> {

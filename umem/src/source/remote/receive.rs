@@ -274,11 +274,11 @@ impl Shared {
     /// own fault.
     fn take_damage(&self, from: Origin<'_>, request: RequestId, page: PageIndex) -> Ended {
         let error = RemoteError::Corrupt {
-            url: self.urls[from.server].to_string(),
+            url: self.ways[from.server].to_string(),
             page,
         };
         match from.lane.damage(from.generation, request, page) {
-            Ok((same, all)) if same < self.urls.len().max(2) && all < MOST_DAMAGE => Ended::Elsewhere(error),
+            Ok((same, all)) if same < self.ways.len().max(2) && all < MOST_DAMAGE => Ended::Elsewhere(error),
             Ok(_) => Ended::Source(SourceError::Corrupt(error.into())),
             Err(ended) => ended,
         }
@@ -287,13 +287,13 @@ impl Shared {
     /// A server cannot give pages. Another may, so as many as there are are asked: no more, so that it comes to an end.
     fn take_failure(&self, from: Origin<'_>, failed: &Failed<'_>) -> Ended {
         let error = RemoteError::Failed {
-            url: self.urls[from.server].to_string(),
+            url: self.ways[from.server].to_string(),
             pages: failed.range,
             code: failed.code,
             text: failed.text.to_owned(),
         };
         match from.lane.fail(from.generation, failed.request, failed.range) {
-            Ok(failures) if failures < self.urls.len() => Ended::Elsewhere(error),
+            Ok(failures) if failures < self.ways.len() => Ended::Elsewhere(error),
             Ok(_) => Ended::Source(match failed.code {
                 FailCode::Corrupt => SourceError::Corrupt(error.into()),
                 _ => SourceError::Lost(error.into()),

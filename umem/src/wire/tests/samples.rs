@@ -267,6 +267,15 @@ fn about_memory() -> impl Strategy<Value = Vec<u8>> {
                 bytes: &bytes,
             })
         }),
+        vec(any::<u8>(), 1..500).prop_map(|bytes| round_trip(Message::Machine { bytes: &bytes })),
+        vec(any::<u8>(), 1..500).prop_map(|bytes| round_trip(Message::State { bytes: &bytes })),
+        (codes(Step::ALL.len()), any::<u32>(), text()).prop_map(|(code, value, text)| {
+            round_trip(Message::Handover(Handover {
+                step: Step::from_code(code),
+                value,
+                text: &text,
+            }))
+        }),
         (0x8000u16.., any::<u64>(), vec(any::<u8>(), 0..100)).prop_map(|(code, id, payload)| {
             round_trip(Message::Unknown {
                 code,
@@ -431,6 +440,26 @@ pub(super) fn fixed() -> Vec<(&'static str, Vec<u8>)> {
                 request,
                 bytes: b"{\"kernel\": \"built-in\"}",
             },
+        ),
+        (
+            "machine",
+            Message::Machine {
+                bytes: b"{\"cpus\": 2}",
+            },
+        ),
+        (
+            "state",
+            Message::State {
+                bytes: b"{\"vcpus\": []}",
+            },
+        ),
+        (
+            "handover",
+            Message::Handover(Handover {
+                step: Step::Abort,
+                value: 0,
+                text: "no room",
+            }),
         ),
         (
             "unknown",

@@ -85,18 +85,18 @@ impl Client {
 
     /// What is asked for with GET.
     pub(super) fn get(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::GET, path)
+        self.ask(Method::GET, path, String::new())
     }
 
     /// What PUT answers.
     pub(super) fn put(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::PUT, path)
+        self.ask(Method::PUT, path, String::new())
     }
 
     /// Asks, and waits for all of the answer. Nothing at all is an empty object.
-    fn ask(&self, method: Method, path: &str) -> Result<Value, CtlError> {
+    fn ask(&self, method: Method, path: &str, body: String) -> Result<Value, CtlError> {
         self.runtime.block_on(async {
-            let asked = async { self.whole(self.send(method, path, String::new()).await?).await };
+            let asked = async { self.whole(self.send(method, path, body).await?).await };
             let silent = |_| CtlError::Silent {
                 path: self.path.clone(),
             };
@@ -118,20 +118,47 @@ impl Client {
         })
     }
 
+    /// What PUT answers to a body.
+    pub(super) fn put_with(&self, path: &str, body: &Value) -> Result<Value, CtlError> {
+        self.ask(Method::PUT, path, body.to_string())
+    }
+
     /// Has a snapshot made, however long it takes, and shows on a terminal how far it is.
     pub(super) fn snapshot(&self, wanted: &Value) -> Result<Value, CtlError> {
-        let bar = progress::bar("snapshot", 0);
+        self.ask_and_watch(
+            "/api/v1/vm.snapshot",
+            wanted,
+            &progress::bar("snapshot", 0),
+            show_snapshot,
+        )
+    }
+
+    /// Has the VM sent, however long it takes, and shows on a terminal how far it is.
+    pub(super) fn send_migration(&self, wanted: &Value) -> Result<Value, CtlError> {
+        self.ask_and_watch(
+            "/api/v1/vm.send-migration",
+            wanted,
+            &progress::bar("migration", 0),
+            show_migration,
+        )
+    }
+
+    fn ask_and_watch(
+        &self,
+        path: &str,
+        wanted: &Value,
+        bar: &ProgressBar,
+        show: fn(&ProgressBar, &Value),
+    ) -> Result<Value, CtlError> {
         self.runtime.block_on(async {
-            // Before it begins, so that nothing is missed. Without events there is a snapshot all the same.
+            // Before it begins, so that nothing is missed. Without events it is done all the same.
             let mut events = if bar.is_hidden() {
                 None
             } else {
                 self.listen().await.ok()
             };
             let asked = async {
-                let response = self
-                    .send(Method::PUT, "/api/v1/vm.snapshot", wanted.to_string())
-                    .await?;
+                let response = self.send(Method::PUT, path, wanted.to_string()).await?;
                 self.whole(response).await
             };
             tokio::pin!(asked);
@@ -145,7 +172,7 @@ impl Client {
                 tokio::select! {
                     answer = &mut asked => break answer,
                     line = line => match line {
-                        Some(line) => show(&bar, &line),
+                        Some(line) => show(bar, &serde_json::from_str(&line).unwrap_or_default()),
                         None => events = None,
                     },
                 }
@@ -271,13 +298,31 @@ impl Lines {
 }
 
 /// Shows what an event says of a snapshot.
-fn show(bar: &ProgressBar, line: &str) {
-    let event: Value = serde_json::from_str(line).unwrap_or_default();
+fn show_snapshot(bar: &ProgressBar, event: &Value) {
     let properties = &event["properties"];
     if event["source"] == "snapshot"
         && let (Some(bytes), Some(total)) = (properties["bytes"].as_u64(), properties["total"].as_u64())
     {
         bar.set_length(total);
         bar.set_position(bytes);
+    }
+}
+
+/// Shows what an event says of a migration.
+fn show_migration(bar: &ProgressBar, event: &Value) {
+    let properties = &event["properties"];
+    if event["source"] == "migration"
+        && let (Some(left), Some(total)) = (
+            properties["bytes_left"].as_u64(),
+            properties["bytes_total"].as_u64(),
+        )
+    {
+        bar.set_prefix(format!(
+            "{} {}",
+            properties["phase"].as_str().unwrap_or("migration"),
+            properties["round"]
+        ));
+        bar.set_length(total);
+        bar.set_position(total.saturating_sub(left));
     }
 }

@@ -7,14 +7,19 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use umem::link::Address;
+use umem::source::remote::MAX_CONNECTIONS;
 
 use self::client::Client;
 use super::answer;
 use super::error::CommandError;
-use super::options::{KeyValues, OptionError};
+use super::options::{KeyValues, OptionError, SWITCH};
+use crate::migration::Mode;
 
 pub(super) use self::client::CtlError;
 
+const MIGRATION_SYNTAX: &str = "destination_url=tcp:HOST:PORT|unix:PATH,memory_mode=hybrid|precopy|postcopy,downtime_ms=300,timeout_s=60,\
+                                timeout_strategy=switch|cancel,connections=N,tls_dir=DIR,wait=on|off";
 const SNAPSHOT_SYNTAX: &str = "destination_url=file:DIR,base_url=file:DIR,then=go-on|stop";
 
 /// What `umem ctl` takes.
@@ -41,6 +46,22 @@ enum CtlVerb {
     /// Write the VM to a directory, to be restored from there
     Snapshot {
         #[arg(value_name = "KEY=VALUE,…", help = format!("Where, and what the VM does then: {SNAPSHOT_SYNTAX}"))]
+        options: String,
+    },
+    /// Send the VM to another host, where 'umem receive' waits for it; returns when it is not needed here any more
+    SendMigration {
+        #[arg(value_name = "KEY=VALUE,…", help = format!("Where to, and how: {MIGRATION_SYNTAX}"))]
+        options: String,
+    },
+    /// Let a VM that is being sent stay where it is; too late once it was handed over
+    CancelMigration,
+    /// Let a VM run here again that was handed over, when it is not known whether it runs at its destination. Only when the destination
+    /// has been fenced: if it runs there, or ever will, there are two of it
+    TakeBack {
+        #[arg(
+            value_name = "token=TOKEN",
+            help = "The migration's token, which 'umem ctl info' says"
+        )]
         options: String,
     },
     /// Everything that is counted
@@ -71,6 +92,19 @@ pub(super) fn run(options: &CtlOptions) -> Result<(), CommandError> {
         CtlVerb::Snapshot { options } => {
             print(&client.snapshot(&snapshot_request(options)?)?, text::snapshot)
         }
+        CtlVerb::SendMigration { options } => {
+            let sent = client.send_migration(&migration_request(options)?);
+            print(&sent.map_err(not_migrated)?, text::migrated)
+        }
+        CtlVerb::CancelMigration => print(&client.put("/api/v1/vm.cancel-migration")?, |_| {
+            "cancelled\n".into()
+        }),
+        CtlVerb::TakeBack { options } => {
+            let request = take_back_request(options)?;
+            print(&client.put_with("/api/v1/vm.take-back", &request)?, |_| {
+                "the VM runs here again: make sure that its destination never does\n".into()
+            })
+        }
         CtlVerb::Shutdown => print(&client.put("/api/v1/vm.shutdown")?, |_| "stopping\n".into()),
         CtlVerb::Events => client.events(|line| {
             if options.json {
@@ -80,6 +114,78 @@ pub(super) fn run(options: &CtlOptions) -> Result<(), CommandError> {
             }
         }),
     }
+}
+
+/// A VM that says no has not moved; whether one has that does not answer is not known.
+fn not_migrated(error: CtlError) -> CommandError {
+    match error {
+        refused @ CtlError::Refused(_) => CommandError::NotMigrated(refused),
+        error => error.into(),
+    }
+}
+
+fn migration_request(text: &str) -> Result<Value, CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: "send-migration",
+        source,
+    };
+    let keys = [
+        "destination_url",
+        "memory_mode",
+        "downtime_ms",
+        "timeout_s",
+        "timeout_strategy",
+        "connections",
+        "tls_dir",
+        "wait",
+    ];
+    let given = KeyValues::parse(text, &keys, MIGRATION_SYNTAX).map_err(wrong)?;
+    let destination: Option<Address> = given.get("destination_url").map_err(wrong)?;
+    let Some(destination) = destination else {
+        return Err(wrong(OptionError::NoValue {
+            word: "destination_url".into(),
+            syntax: MIGRATION_SYNTAX,
+        }));
+    };
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let destination = match destination {
+        Address::Unix(path) => Address::Unix(absolute(&path)),
+        address @ Address::Tcp(_) => address,
+    };
+    let mut request = json!({ "destination_url": destination.to_string() });
+    let modes = Mode::ALL.map(|mode| (mode.name(), mode.name()));
+    if let Some(mode) = given.choose("memory_mode", &modes).map_err(wrong)? {
+        request["memory_mode"] = mode.into();
+    }
+    for key in ["downtime_ms", "timeout_s"] {
+        if let Some(number) = given.get::<u64>(key).map_err(wrong)? {
+            request[key] = number.into();
+        }
+    }
+    if let Some(connections) = given.get_in("connections", 1..=MAX_CONNECTIONS).map_err(wrong)? {
+        request["connections"] = connections.into();
+    }
+    let strategies = [("cancel", "cancel"), ("switch", "switch")];
+    if let Some(strategy) = given.choose("timeout_strategy", &strategies).map_err(wrong)? {
+        request["timeout_strategy"] = strategy.into();
+    }
+    if let Some(directory) = given.get::<PathBuf>("tls_dir").map_err(wrong)? {
+        request["tls_dir"] = absolute(&directory).display().to_string().into();
+    }
+    if let Some(wait) = given.choose("wait", &SWITCH).map_err(wrong)? {
+        request["wait"] = wait.into();
+    }
+    Ok(request)
+}
+
+fn take_back_request(text: &str) -> Result<Value, CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: "take-back",
+        source,
+    };
+    let given = KeyValues::parse(text, &["token"], "token=TOKEN").map_err(wrong)?;
+    let token: Option<String> = given.get("token").map_err(wrong)?;
+    Ok(json!({ "token": token.unwrap_or_default() }))
 }
 
 /// What is asked of the VM, whose current directory may be another one.

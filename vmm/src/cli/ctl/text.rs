@@ -21,6 +21,9 @@ pub(super) fn info(info: &Value) -> String {
         "process",
         format!("{} (umem {})", word(&info["pid"]), word(&info["version"])),
     );
+    if let Some(status) = info.get("migration") {
+        line("migration", migration(status));
+    }
     let Some(pages) = info.get("pages") else {
         return lines.concat();
     };
@@ -75,6 +78,44 @@ pub(super) fn snapshot(made: &Value) -> String {
         word(&made["absent_pages"]),
         word(&made["paused_ms"])
     )
+}
+
+/// A VM that has moved.
+pub(super) fn migrated(moved: &Value) -> String {
+    format!(
+        "moved by {} in {} ms; the guest stood still for {} ms; {} sent before that in {} rounds, {} after\n",
+        word(&moved["mode"]),
+        word(&moved["total_ms"]),
+        word(&moved["downtime_ms"]),
+        bytes(&moved["precopy_bytes"]),
+        word(&moved["rounds"]),
+        bytes(&moved["postcopy_bytes"])
+    )
+}
+
+/// Where a migration is.
+fn migration(status: &Value) -> String {
+    let mut text = format!(
+        "{} {} {}, {} with {}; {} of {} left, {} sent in {} rounds",
+        word(&status["mode"]),
+        word(&status["direction"]),
+        word(&status["phase"]),
+        word(&status["token"]),
+        word(&status["peer"]),
+        bytes(&status["bytes_left"]),
+        bytes(&status["bytes_total"]),
+        bytes(&status["bytes_sent"]),
+        word(&status["round"]),
+    );
+    for (name, key) in [
+        ("expected downtime", "expected_downtime_ms"),
+        ("downtime", "downtime_ms"),
+    ] {
+        if let Some(time) = status.get(key) {
+            text.push_str(&format!(", {name} {time} ms"));
+        }
+    }
+    text
 }
 
 /// Counters, one a line.

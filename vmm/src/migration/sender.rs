@@ -1,0 +1,863 @@
+//! The instance that a VM leaves.
+//!
+//! ```text
+//!             Prepared          it pays no more         Loaded            Running             Complete
+//!  preparing ----------> precopy ------------> switching ------> in doubt --------> postcopy ----------> (ends)
+//!      |                    |                      |                |
+//!      | lost, refused,     | or cancelled         |                | taken back, or the destination
+//!      v                    v                      v                v says that it never ran
+//!      +--------------------+---- the VM runs here +----------------+
+//! ```
+//!
+//! The commit is the step from switching to in doubt: before it, whatever happens, the VM runs on here; after it, never again without
+//! the destination or an operator saying so.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use umem::call::{self, CallError, Opened};
+use umem::channel::{ChannelError, Receiver, Sender};
+use umem::link::{Credentials, Stream};
+use umem::server::Server;
+use umem::source::remote::MAX_CONNECTIONS;
+use umem::units::{PAGE_SIZE, PageIndex, PageRange};
+use umem::wire::{
+    ChannelKind, Epoch, Goodbye, GoodbyeReason, Handover, Hello, MAX_RANGE_PAGES, MAX_RANGES, Message, Role,
+    SessionId, Step, VERSION,
+};
+
+use super::arrival::token;
+use super::push::{Await, Push, PushError};
+use super::ram::{LeavingRam, SharedRam};
+use super::record::Record;
+use super::status::{Phase, Status};
+use super::{
+    FEATURES, KEEP_ALIVE, LAST_BARRIER, MigrationError, MigrationOptions, MigrationSummary, Mode, PATIENCE,
+    TimeoutStrategy,
+};
+use crate::control::{Control, PATIENCE as PAUSE_PATIENCE, VmState};
+use crate::dirty::{DirtyTracker, PageBitmap};
+use crate::machine::{ParkError, Parts};
+use crate::report::milliseconds;
+use crate::snapshot::SnapshotState;
+
+/// How often somebody who waits looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(50);
+
+/// The first and the longest pause between attempts to connect anew.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// The most rounds of a hybrid migration: each halves what is left, or is the last.
+const HYBRID_ROUNDS: u32 = 16;
+
+/// What changed since, and is told before the guest stands still, so many times: each time less is left to be told then.
+const EARLY_DISCARDS: u32 = 2;
+
+/// A migration that goes on, in the hands of other threads.
+#[derive(Debug)]
+pub(crate) struct Ongoing {
+    began: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    cancelled: bool,
+    taken_back: bool,
+}
+
+/// Why a migration is not cancelled, or the VM not taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TooLate {
+    /// It was handed over: it may run there.
+    InDoubt,
+    /// It runs there.
+    Away,
+    /// It is not in doubt.
+    NotInDoubt,
+    /// The token is another one's.
+    WrongToken,
+}
+
+impl Ongoing {
+    pub(crate) fn new(options: &MigrationOptions, ram_bytes: u64) -> Self {
+        Self {
+            began: Instant::now(),
+            state: Mutex::new(State {
+                status: Status {
+                    direction: "out",
+                    mode: options.mode,
+                    phase: Phase::Preparing,
+                    peer: options.destination.to_string(),
+                    token: String::new(),
+                    round: 0,
+                    bytes_total: ram_bytes,
+                    bytes_sent: 0,
+                    bytes_left: ram_bytes,
+                    dirty_rate: 0,
+                    bandwidth: 0,
+                    expected_downtime_ms: None,
+                    downtime_ms: None,
+                    elapsed_ms: 0.0,
+                },
+                cancelled: false,
+                taken_back: false,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let mut status = self.lock().status.clone();
+        status.elapsed_ms = milliseconds(self.began.elapsed());
+        status
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.lock().status);
+    }
+
+    /// The VM is to stay.
+    pub(crate) fn cancel(&self) -> Result<(), TooLate> {
+        let mut state = self.lock();
+        match state.status.phase {
+            Phase::InDoubt => Err(TooLate::InDoubt),
+            Phase::Postcopy | Phase::Complete => Err(TooLate::Away),
+            _ => {
+                state.cancelled = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// The VM is to run here after all: the other side is known not to run it, now or later.
+    pub(crate) fn take_back(&self, token: &str) -> Result<(), TooLate> {
+        let mut state = self.lock();
+        match state.status.phase {
+            Phase::InDoubt if state.status.token != token => Err(TooLate::WrongToken),
+            Phase::InDoubt => {
+                state.taken_back = true;
+                Ok(())
+            }
+            Phase::Postcopy | Phase::Complete => Err(TooLate::Away),
+            _ => Err(TooLate::NotInDoubt),
+        }
+    }
+
+    /// Nobody cancels any more. False: somebody has.
+    fn commit(&self) -> bool {
+        let mut state = self.lock();
+        if !state.cancelled {
+            state.status.phase = Phase::InDoubt;
+        }
+        !state.cancelled
+    }
+
+    /// The destination runs it: nobody takes it back any more. False: somebody has.
+    fn hand_over(&self, downtime: Duration) -> bool {
+        let mut state = self.lock();
+        if !state.taken_back {
+            state.status.phase = Phase::Postcopy;
+            state.status.downtime_ms = Some(milliseconds(downtime));
+        }
+        !state.taken_back
+    }
+}
+
+/// Sends a VM that runs, and returns when it is not needed here any more. After an error it runs here.
+pub(crate) fn send(
+    control: &Control,
+    parts: &Arc<Parts>,
+    ongoing: &Arc<Ongoing>,
+    options: &MigrationOptions,
+) -> Result<MigrationSummary, MigrationError> {
+    let result = await_arrival(control, parts, ongoing, options)
+        .and_then(|()| Session::open(control, parts, ongoing, options))
+        .and_then(Session::run);
+    if result.is_err() {
+        ongoing.update(|status| status.phase = Phase::Failed);
+    }
+    result
+}
+
+/// A VM whose own pages still come from the instance that it left is not sent on before it has them: page services are not chained.
+fn await_arrival(
+    control: &Control,
+    parts: &Parts,
+    ongoing: &Ongoing,
+    options: &MigrationOptions,
+) -> Result<(), MigrationError> {
+    while let Some(missing) = parts.missing_of_arrival() {
+        if !options.wait_for_arrival {
+            return Err(MigrationError::Arriving(missing));
+        }
+        ongoing.update(|status| status.phase = Phase::Waiting);
+        if ongoing.lock().cancelled {
+            return Err(MigrationError::Cancelled);
+        }
+        if control.state() == VmState::Stopped {
+            return Err(MigrationError::Ended);
+        }
+        if ongoing.began.elapsed() >= options.timeout {
+            return Err(MigrationError::Arriving(missing));
+        }
+        thread::sleep(TICK);
+    }
+    Ok(())
+}
+
+/// One migration.
+struct Session {
+    control: Control,
+    parts: Arc<Parts>,
+    ongoing: Arc<Ongoing>,
+    options: MigrationOptions,
+    dialer: Arc<Dialer>,
+    conversation: Conversation,
+    record: Record,
+    push: Arc<Push>,
+    server: Server,
+    ram: SharedRam,
+    /// Pages that the destination installs at once.
+    unit: u64,
+    tracker: Option<DirtyTracker>,
+    rounds: u32,
+    /// Pages that are missing at the destination when it begins to run.
+    missing: u64,
+    /// Since when the guest stands still.
+    paused: Option<Instant>,
+}
+
+/// How the destination is called.
+struct Dialer {
+    options: MigrationOptions,
+    credentials: Option<Credentials>,
+    pages: u64,
+    session: SessionId,
+    /// Connections that are open, to be shut at the end.
+    streams: Mutex<Vec<Arc<Stream>>>,
+    epoch: AtomicU64,
+}
+
+impl Dialer {
+    fn destination(&self) -> String {
+        self.options.destination.to_string()
+    }
+
+    fn call(&self, kind: ChannelKind, session: SessionId) -> Result<Opened, MigrationError> {
+        let connect = || -> std::io::Result<Stream> {
+            let stream = Stream::connect(&self.options.destination, PATIENCE, self.credentials.as_ref())?;
+            stream.set_timeouts(Some(PATIENCE), Some(PATIENCE))?;
+            Ok(stream)
+        };
+        let stream = connect().map_err(|source| MigrationError::Connect {
+            destination: self.destination(),
+            source,
+        })?;
+        let hello = Hello {
+            version: VERSION,
+            features: FEATURES,
+            pages: Some(self.pages),
+            epoch: Epoch(self.epoch.load(Relaxed)),
+            keep_alive_ms: 0,
+            channel: kind,
+            role: Role::Provider,
+            session,
+            digest: None,
+            image: "",
+        };
+        let opened = call::call(stream, &hello).map_err(|source| MigrationError::Call {
+            destination: self.destination(),
+            source,
+        })?;
+        if !opened.welcome.features.contains(FEATURES) {
+            return Err(MigrationError::TooOld(self.destination()));
+        }
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody else has any more.
+        streams.retain(|stream| Arc::strong_count(stream) > 1);
+        streams.push(Arc::clone(&opened.stream));
+        Ok(opened)
+    }
+
+    fn hang_up(&self) {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        for stream in streams.iter() {
+            // Where it fails, it has ended.
+            let _ = stream.shutdown();
+        }
+    }
+}
+
+/// What the destination says of the handover.
+#[derive(Debug)]
+enum Heard {
+    Step(Step, u32, String),
+    Goodbye(String),
+}
+
+/// The control channel.
+struct Conversation {
+    sender: Sender,
+    receiver: Receiver,
+    stream: Arc<Stream>,
+    heard: Instant,
+    said: Instant,
+}
+
+impl Conversation {
+    fn new(opened: Opened) -> Self {
+        let now = Instant::now();
+        Self {
+            sender: opened.sender,
+            receiver: opened.receiver,
+            stream: opened.stream,
+            heard: now,
+            said: now,
+        }
+    }
+
+    fn say(&mut self, message: &Message<'_>) -> Result<(), ChannelError> {
+        self.said = Instant::now();
+        self.sender.send(message)
+    }
+
+    fn step(&mut self, step: Step, text: &str) -> Result<(), ChannelError> {
+        self.say(&Message::Handover(Handover { step, value: 0, text }))
+    }
+
+    /// What comes within `patience`. An error where nothing at all came for too long.
+    fn hear(&mut self, patience: Duration) -> Result<Option<Heard>, ChannelError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if self.said.elapsed() >= KEEP_ALIVE {
+                self.say(&Message::Ping { token: 0 })?;
+            }
+            let mut pong = None;
+            while let Some(message) = self.receiver.next_message()? {
+                self.heard = Instant::now();
+                match message {
+                    Message::Handover(Handover { step, value, text }) => {
+                        return Ok(Some(Heard::Step(step, value, text.to_owned())));
+                    }
+                    Message::Goodbye(goodbye) => return Ok(Some(Heard::Goodbye(goodbye.text.to_owned()))),
+                    Message::Ping { token } => pong = Some(token),
+                    _ => {}
+                }
+            }
+            if let Some(token) = pong {
+                self.say(&Message::Pong { token })?;
+            }
+            if self.heard.elapsed() >= PATIENCE {
+                return Err(ChannelError::Quiet);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let came = self.receiver.has_more(&self.stream, left.min(KEEP_ALIVE))?;
+            if !came && left.is_zero() {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+impl Session {
+    /// Calls the destination, and has it make a VM like this one.
+    fn open(
+        control: &Control,
+        parts: &Arc<Parts>,
+        ongoing: &Arc<Ongoing>,
+        options: &MigrationOptions,
+    ) -> Result<Self, MigrationError> {
+        ongoing.update(|status| status.phase = Phase::Preparing);
+        let memory = parts.memory().ok_or(MigrationError::Ended)?;
+        let ram = Arc::new(LeavingRam::new(memory)?);
+        let mut dialer = Dialer {
+            credentials: options.credentials()?,
+            options: options.clone(),
+            pages: ram.pages(),
+            session: SessionId::NEW,
+            streams: Mutex::default(),
+            epoch: AtomicU64::new(0),
+        };
+        let opened = dialer.call(ChannelKind::Control, SessionId::NEW)?;
+        dialer.session = opened.welcome.session;
+        let token = token(dialer.session);
+        ongoing.update(|status| status.token.clone_from(&token));
+        let connections = options.connections.clamp(1, MAX_CONNECTIONS);
+        let description = parts.describe(options.mode, connections).encode()?;
+        let server = Server::new(std::collections::HashMap::new()).map_err(MigrationError::Os)?;
+        let mut session = Self {
+            control: control.clone(),
+            parts: Arc::clone(parts),
+            ongoing: Arc::clone(ongoing),
+            options: options.clone(),
+            dialer: Arc::new(dialer),
+            conversation: Conversation::new(opened),
+            record: Record::new(options.record.clone(), token, "source"),
+            push: Arc::new(Push::new(Arc::clone(&ram), connections)),
+            server,
+            ram,
+            unit: 1,
+            tracker: None,
+            rounds: 0,
+            missing: 0,
+            paused: None,
+        };
+        let said = session
+            .conversation
+            .say(&Message::Machine { bytes: &description });
+        said.map_err(|error| session.lost(error))?;
+        session.unit = session.await_step(Step::Prepared, PATIENCE * 3)?.into();
+        session.start_channels(connections)?;
+        Ok(session)
+    }
+
+    /// The channels for RAM, each with its thread.
+    fn start_channels(&self, connections: usize) -> Result<(), MigrationError> {
+        let kinds = [ChannelKind::Demand]
+            .into_iter()
+            .chain(vec![ChannelKind::Background; connections]);
+        for (index, kind) in kinds.enumerate() {
+            let opened = self.dialer.call(kind, self.dialer.session)?;
+            let channel = DataChannel {
+                dialer: Arc::clone(&self.dialer),
+                push: Arc::clone(&self.push),
+                server: self.server.clone(),
+                ram: Arc::clone(&self.ram),
+                kind,
+            };
+            let thread = thread::Builder::new().name(format!("migration-{index}"));
+            thread
+                .spawn(move || channel.run(opened))
+                .map_err(MigrationError::Os)?;
+        }
+        Ok(())
+    }
+
+    fn lost(&self, source: ChannelError) -> MigrationError {
+        MigrationError::Lost {
+            destination: self.dialer.destination(),
+            source,
+        }
+    }
+
+    /// Whether it is still wanted.
+    fn check(&self) -> Result<(), MigrationError> {
+        if self.ongoing.lock().cancelled {
+            return Err(MigrationError::Cancelled);
+        }
+        if self.control.state() == VmState::Stopped {
+            return Err(MigrationError::Ended);
+        }
+        Ok(())
+    }
+
+    /// Waits for a step of the destination's.
+    fn await_step(&mut self, wanted: Step, patience: Duration) -> Result<u32, MigrationError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.listen(TICK)? {
+                Some((step, value)) if step == wanted => return Ok(value),
+                _ if Instant::now() >= deadline => {
+                    return Err(MigrationError::Silent(self.dialer.destination()));
+                }
+                _ => self.check()?,
+            }
+        }
+    }
+
+    /// What the destination says, if it does not say no.
+    fn listen(&mut self, patience: Duration) -> Result<Option<(Step, u32)>, MigrationError> {
+        match self.conversation.hear(patience) {
+            Ok(None) => Ok(None),
+            Ok(Some(Heard::Step(Step::Abort, _, reason) | Heard::Goodbye(reason))) => {
+                Err(MigrationError::Refused {
+                    destination: self.dialer.destination(),
+                    reason,
+                })
+            }
+            Ok(Some(Heard::Step(step, value, _))) => Ok(Some((step, value))),
+            Err(error) => Err(self.lost(error)),
+        }
+    }
+
+    fn run(mut self) -> Result<MigrationSummary, MigrationError> {
+        let result = self.move_out();
+        if let Err(error) = &result {
+            // Whoever hears it need not find out.
+            let _ = self.conversation.step(Step::Abort, &umem::causes::chain(error));
+        }
+        self.push.end();
+        self.server.stopper().stop();
+        self.dialer.hang_up();
+        if result.is_err() {
+            self.record.remove();
+            if let Some(tracker) = self.tracker.take() {
+                self.parts.return_tracker(tracker);
+            }
+            if self.paused.is_some() {
+                self.parts.vcpus.unpark();
+            }
+        }
+        result
+    }
+
+    fn move_out(&mut self) -> Result<MigrationSummary, MigrationError> {
+        self.record
+            .write("sending")
+            .map_err(|source| self.unwritable(source))?;
+        let changed = match self.options.mode {
+            Mode::Postcopy => None,
+            Mode::Precopy | Mode::Hybrid => Some(self.precopy()?),
+        };
+        let precopy_bytes = self.push.bytes.load(Relaxed);
+        self.ongoing.update(|status| {
+            status.phase = Phase::Switching;
+            status.bytes_sent = precopy_bytes;
+        });
+        self.switch(changed)?;
+        let served = self.serve()?;
+        Ok(MigrationSummary {
+            mode: self.options.mode,
+            total: self.ongoing.began.elapsed(),
+            downtime: served,
+            precopy_bytes: self.push.bytes.load(Relaxed),
+            postcopy_bytes: self.server.stats().bytes,
+            rounds: self.rounds,
+        })
+    }
+
+    fn unwritable(&self, source: std::io::Error) -> MigrationError {
+        MigrationError::Record {
+            path: self.record.path().to_path_buf(),
+            source,
+        }
+    }
+
+    fn take_changes(&mut self) -> Result<PageBitmap, MigrationError> {
+        let changed = match &mut self.tracker {
+            Some(tracker) => self.parts.changes_of(tracker)?,
+            None => PageBitmap::new(self.ram.pages()),
+        };
+        Ok(changed.in_units(self.unit))
+    }
+
+    /// Sends RAM until that pays no more. The answer is what has changed since.
+    fn precopy(&mut self) -> Result<PageBitmap, MigrationError> {
+        self.ongoing.update(|status| status.phase = Phase::Precopy);
+        self.tracker = Some(self.parts.lend_tracker()?);
+        // Before anything is read: what changes from here on is seen.
+        let _ = self.take_changes()?;
+        let mut todo = PageBitmap::all(self.ram.pages());
+        loop {
+            let (sent, took) = self.round(todo)?;
+            let changed = self.take_changes()?;
+            let left = changed.count() * PAGE_SIZE as u64;
+            let bandwidth = (sent as f64 / took.as_secs_f64()).max(1.0);
+            let expected = Duration::from_secs_f64(left as f64 / bandwidth);
+            self.ongoing.update(|status| {
+                status.dirty_rate = (left as f64 / took.as_secs_f64()) as u64;
+                status.bandwidth = bandwidth as u64;
+                status.expected_downtime_ms = Some(milliseconds(expected));
+                status.bytes_left = left;
+            });
+            tracing::info!(round = self.rounds, sent, left, ?took, "round of precopy");
+            let late = self.ongoing.began.elapsed() >= self.options.timeout;
+            match self.options.mode {
+                // Half of what was sent has changed meanwhile: another round would find the same.
+                Mode::Hybrid if late || left * 2 >= sent || self.rounds >= HYBRID_ROUNDS => {
+                    return Ok(changed);
+                }
+                Mode::Precopy if expected <= self.options.downtime => return Ok(changed),
+                Mode::Precopy if late => match self.options.timeout_strategy {
+                    TimeoutStrategy::Switch => return Ok(changed),
+                    TimeoutStrategy::Cancel => {
+                        return Err(MigrationError::TimedOut {
+                            left: changed.count(),
+                            after: self.ongoing.began.elapsed(),
+                        });
+                    }
+                },
+                _ => todo = changed,
+            }
+        }
+    }
+
+    /// Sends pages, and waits until they have arrived. The answer is how many bytes that were, and how long it took.
+    fn round(&mut self, todo: PageBitmap) -> Result<(u64, Duration), MigrationError> {
+        let (began, before) = (Instant::now(), self.push.bytes.load(Relaxed));
+        self.rounds += 1;
+        let (round, pages) = (self.rounds, todo.count());
+        self.dialer.epoch.store(round.into(), Relaxed);
+        self.push.begin_round(todo);
+        loop {
+            let ended = self
+                .push
+                .wait_for_round(TICK)
+                .map_err(|error| self.push_failed(error))?;
+            let left = pages.saturating_sub(self.push.dealt()) * PAGE_SIZE as u64;
+            self.ongoing.update(|status| {
+                status.round = round;
+                status.bytes_sent = self.push.bytes.load(Relaxed);
+                status.bytes_left = left;
+            });
+            if ended {
+                break;
+            }
+            if self.paused.is_none() {
+                self.check()?;
+                let late = self.ongoing.began.elapsed() >= self.options.timeout;
+                if late
+                    && self.options.timeout_strategy == TimeoutStrategy::Cancel
+                    && self.options.mode == Mode::Precopy
+                {
+                    return Err(MigrationError::TimedOut {
+                        left: left / PAGE_SIZE as u64,
+                        after: self.ongoing.began.elapsed(),
+                    });
+                }
+            }
+            self.listen(Duration::ZERO)?;
+        }
+        Ok((self.push.bytes.load(Relaxed) - before, began.elapsed()))
+    }
+
+    fn push_failed(&mut self, error: PushError) -> MigrationError {
+        // If the destination has said why, that says more.
+        if let Err(refused @ MigrationError::Refused { .. }) = self.listen(TICK) {
+            return refused;
+        }
+        match error {
+            PushError::Channel(error) => self.lost(error),
+            PushError::Memory(text) => MigrationError::Memory(text),
+            PushError::Ended => MigrationError::Cancelled,
+        }
+    }
+
+    /// The guest stands still, its state is sent, and the destination is about to run it.
+    fn switch(&mut self, mut changed: Option<PageBitmap>) -> Result<(), MigrationError> {
+        let rest_is_sent = self.options.mode == Mode::Precopy;
+        if !rest_is_sent {
+            self.push.last();
+            for _ in 0..EARLY_DISCARDS {
+                if let Some(pages) = changed.take() {
+                    self.discard(&pages)?;
+                    changed = Some(self.take_changes()?);
+                }
+            }
+        }
+        self.check()?;
+        self.paused = Some(Instant::now());
+        self.stand_still()?;
+        let state = self.save_state()?;
+        // After the state was read, for which KVM may have written to RAM.
+        if let Some(mut pages) = changed {
+            pages.merge(&self.take_changes()?);
+            if rest_is_sent {
+                self.round(pages)?;
+                self.push.last();
+            } else {
+                self.discard(&pages)?;
+            }
+        } else {
+            self.missing = self.ram.pages();
+        }
+        let bytes = state.encode()?;
+        let said = self.conversation.say(&Message::State { bytes: &bytes });
+        said.map_err(|error| self.lost(error))?;
+        self.await_step(Step::Loaded, PATIENCE)?;
+        self.record
+            .write("committed")
+            .map_err(|source| self.unwritable(source))?;
+        if !self.ongoing.commit() {
+            return Err(MigrationError::Cancelled);
+        }
+        Ok(())
+    }
+
+    fn stand_still(&mut self) -> Result<(), MigrationError> {
+        self.parts.vcpus.park(PAUSE_PATIENCE).map_err(|error| {
+            // They run as before.
+            self.paused = None;
+            match error {
+                ParkError::Ended => MigrationError::Ended,
+                ParkError::Stuck { index, waited } => crate::control::PauseError::VcpuWaits {
+                    index,
+                    waited,
+                    page: self.parts.missing_page(),
+                }
+                .into(),
+            }
+        })
+    }
+
+    fn save_state(&self) -> Result<SnapshotState, MigrationError> {
+        Ok(self.parts.save_state(PAUSE_PATIENCE)?)
+    }
+
+    /// Tells the destination that it has no right content of `pages`.
+    fn discard(&mut self, pages: &PageBitmap) -> Result<(), MigrationError> {
+        self.missing += pages.count();
+        let epoch = Epoch(u64::from(self.rounds) + 1);
+        let pieces = pages.runs().flat_map(|run| {
+            let starts = (run.start.0..run.end().0).step_by(MAX_RANGE_PAGES as usize);
+            starts.map(move |start| PageRange::new(PageIndex(start), MAX_RANGE_PAGES).clamp_to(run.end()))
+        });
+        let pieces: Vec<PageRange> = pieces.collect();
+        for ranges in pieces.chunks(MAX_RANGES) {
+            let said = self.conversation.say(&Message::Discard {
+                epoch,
+                ranges: ranges.into(),
+            });
+            said.map_err(|error| self.lost(error))?;
+        }
+        Ok(())
+    }
+
+    /// The machine is the destination's. Serves its pages until it has all of them. The answer is how long the guest stood still.
+    fn serve(&mut self) -> Result<Duration, MigrationError> {
+        let mut pause = BACKOFF.0;
+        let mut downtime = None;
+        let mut said = self.conversation.step(Step::Commit, "");
+        loop {
+            let heard = said.and_then(|()| self.conversation.hear(TICK));
+            said = Ok(());
+            match heard {
+                Ok(None) => {}
+                Ok(Some(Heard::Step(step @ (Step::Running | Step::Complete), ..))) => {
+                    if downtime.is_none() {
+                        let stood = self.paused.map_or(Duration::ZERO, |since| since.elapsed());
+                        downtime = Some(stood);
+                        if !self.ongoing.hand_over(stood) {
+                            return Err(MigrationError::TakenBack);
+                        }
+                        self.control.migrated_away();
+                        // It is known already, and nobody asks the file before this process is gone.
+                        let _ = self.record.write("away");
+                    }
+                    if step == Step::Complete {
+                        break;
+                    }
+                }
+                // It had not heard of the commit, and now never runs.
+                Ok(Some(Heard::Step(Step::Abort, _, reason))) if downtime.is_none() => {
+                    return Err(MigrationError::Refused {
+                        destination: self.dialer.destination(),
+                        reason,
+                    });
+                }
+                Ok(Some(Heard::Step(Step::Loaded, ..))) => {
+                    said = self.conversation.step(Step::Commit, "");
+                }
+                Ok(Some(Heard::Step(..))) => {}
+                Ok(Some(Heard::Goodbye(_))) | Err(_) => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(BACKOFF.1);
+                    match self.dialer.call(ChannelKind::Control, self.dialer.session) {
+                        Ok(opened) => {
+                            self.conversation = Conversation::new(opened);
+                            // It says its step, and hears this one in any case.
+                            said = self.conversation.step(Step::Commit, "");
+                            pause = BACKOFF.0;
+                        }
+                        Err(error) => {
+                            tracing::debug!(
+                                error = &error as &dyn std::error::Error,
+                                "the destination is out of reach"
+                            );
+                            said = Err(ChannelError::Closed);
+                        }
+                    }
+                }
+            }
+            if downtime.is_none() && self.ongoing.lock().taken_back {
+                return Err(MigrationError::TakenBack);
+            }
+            if self.control.state() == VmState::Stopped {
+                return Err(MigrationError::Ended);
+            }
+            let served = self.server.stats();
+            let left = self.missing.saturating_sub(served.pages) * PAGE_SIZE as u64;
+            self.ongoing.update(|status| {
+                status.bytes_sent = self.push.bytes.load(Relaxed) + served.bytes;
+                status.bytes_left = left;
+            });
+        }
+        let goodbye = Goodbye {
+            reason: GoodbyeReason::Done,
+            text: "",
+        };
+        // If it does not hear it, it hears that this process is gone.
+        let _ = self.conversation.say(&Message::Goodbye(goodbye));
+        self.ongoing.update(|status| {
+            status.phase = Phase::Complete;
+            status.bytes_left = 0;
+        });
+        self.record.remove();
+        Ok(downtime.unwrap_or_default())
+    }
+}
+
+/// A channel for RAM.
+struct DataChannel {
+    dialer: Arc<Dialer>,
+    push: Arc<Push>,
+    server: Server,
+    ram: SharedRam,
+    kind: ChannelKind,
+}
+
+impl DataChannel {
+    /// Pushes, then serves; connects anew as long as it is wanted.
+    fn run(&self, mut opened: Opened) {
+        let pushed = match self.kind {
+            ChannelKind::Background => self.push.push_on(&mut opened),
+            _ => self.push.await_last(),
+        };
+        if pushed.is_err() {
+            return;
+        }
+        let mut pause = BACKOFF.0;
+        loop {
+            let began = Instant::now();
+            if let Err(error) = self.server.attend(opened, self.kind, &*self.ram) {
+                tracing::info!(error = &error as &dyn std::error::Error, channel = %self.kind, "channel to the destination lost");
+            }
+            if began.elapsed() >= BACKOFF.1 {
+                pause = BACKOFF.0;
+            }
+            opened = loop {
+                if self.push.has_ended() {
+                    return;
+                }
+                thread::sleep(pause);
+                pause = (pause * 2).min(BACKOFF.1);
+                match self.dialer.call(self.kind, self.dialer.session) {
+                    Ok(mut opened) => {
+                        // Whoever still waits for pages to be pushed learns that there are none.
+                        let last = Message::Barrier {
+                            number: LAST_BARRIER,
+                            epoch: Epoch(self.dialer.epoch.load(Relaxed)),
+                        };
+                        if self.kind == ChannelKind::Demand || opened.sender.send(&last).is_ok() {
+                            break opened;
+                        }
+                    }
+                    Err(MigrationError::Call {
+                        source: CallError::Refused { .. },
+                        ..
+                    }) => {}
+                    Err(error) => {
+                        tracing::debug!(error = &error as &dyn std::error::Error, channel = %self.kind, "no channel to the destination");
+                    }
+                }
+            };
+        }
+    }
+}
