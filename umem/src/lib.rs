@@ -38,3 +38,4 @@ pub mod wire;
 pub mod working_set;
 
 pub use image_verify::Verified;
+pub use schedule::step_forward;

@@ -41,7 +41,7 @@ pub(crate) fn step_back() {
 
 /// Lets the calling thread, for whose work a vCPU waits, go before others of this host when it wakes up, and for a short time
 /// (from Linux 6.12 on; needs no permission).
-pub(crate) fn step_forward() {
+pub fn step_forward() {
     set_attributes(libc::SCHED_OTHER, niceness(), DEMAND_SLICE_NS);
 }
 

@@ -62,6 +62,18 @@ impl PageBitmap {
         whole
     }
 
+    /// The same without the pages before `page`.
+    #[must_use]
+    pub fn from(&self, page: PageIndex) -> Self {
+        let mut rest = self.clone();
+        let word = ((page.0 / 64) as usize).min(rest.words.len());
+        rest.words[..word].fill(0);
+        if let Some(first) = rest.words.get_mut(word) {
+            *first &= u64::MAX << (page.0 % 64);
+        }
+        rest
+    }
+
     /// How many pages RAM has.
     pub fn pages(&self) -> u64 {
         self.pages
@@ -357,6 +369,8 @@ mod tests {
             model.insert(pages - 1);
             prop_assert_eq!(set(&bitmap), model);
             prop_assert_eq!(set(&PageBitmap::all(pages)), (0..pages).collect());
+            let rest = set(&bitmap.from(PageIndex(full.min(pages))));
+            prop_assert_eq!(rest, set(&bitmap).into_iter().filter(|page| *page >= full).collect());
         }
 
         #[test]

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
@@ -37,8 +36,10 @@ use crate::snapshot::{Memory, Saved, SavedPages, SnapshotError, SnapshotState, V
 use crate::thread_placement::{Placement, PlacementError, Places};
 use crate::working_set::{Recording, RunningRecording, WorkingSetFileError};
 
+mod arrival;
 mod vcpus;
 
+use self::arrival::{begin_state, end_arrival, take_over};
 pub use self::vcpus::ParkError;
 use self::vcpus::{Begin, Restore, Threads, Vcpus};
 
@@ -396,6 +397,7 @@ fn run_to_the_end(
     let Some(saved) = begin_state(config, control, &mut event_loop, &region)? else {
         return Ok(Outcome::Ended(Ending::Stopped));
     };
+    clock.lap("state");
     let failure = Arc::new(OnceLock::new());
     let pager = start_pager(config, &region, &failure, &places, event_loop.stopper(), control)?;
     let recording = config
@@ -405,15 +407,11 @@ fn run_to_the_end(
         .transpose()?;
     clock.lap("pager");
 
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
-    vm.irqfd(&interrupt, SERIAL_IRQ)?;
-    let (console, bus) = make_devices(config, saved.as_deref(), interrupt)?;
+    let (console, bus) = make_devices(config, saved.as_deref(), &vm)?;
     event_loop.add(Box::new(console));
     clock.lap("devices");
 
-    let restore = saved
-        .map(|saved| Restore::new(&saved, &host, &vm, &bus))
-        .transpose()?;
+    let restore = Restore::of(saved.as_ref(), &host, &vm, &bus)?;
     log_start(config);
     let on_first_instruction = {
         let control = control.clone();
@@ -443,7 +441,7 @@ fn run_to_the_end(
         arrival,
     });
     control.attach(&parts);
-    take_over(&parts, event_loop.stopper())?;
+    take_over(&parts, event_loop.stopper());
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
     let counters = match not_started {
         None => count_async_page_faults(config, &threads),
@@ -465,19 +463,10 @@ fn run_to_the_end(
 
     let recorded = recording.map_or(Ok(()), RunningRecording::finish);
 
-    report.time_to_first_instruction_ms = vcpus
-        .first_instruction()
-        .map(|at| milliseconds(at.duration_since(started)));
     report.setup_ms = clock.laps;
-    if let Some(pager) = &pager {
-        let stats = pager.stats();
-        report.set_pager(&stats, &region, started);
-        report.set_source(config.source.url(), stats.source);
-        report.migration = control.migration_report(&stats);
-        if failure.get().is_some() {
-            report.lost_pages = Some(lost_pages(&pager.pages().0));
-        }
-        report.process = own_memory(config, &region, pager.table_size());
+    report_run(config, control, started, &parts, pager.as_ref(), report);
+    if failure.get().is_some() {
+        report.lost_pages = pager.as_ref().map(|pager| lost_pages(&pager.pages().0));
     }
     report.set_async_page_faults(&counters);
     // Gives the terminal back.
@@ -500,6 +489,27 @@ fn run_to_the_end(
     outcome(ending?, failure.get(), recorded)
 }
 
+/// What was counted.
+fn report_run(
+    config: &MachineConfig,
+    control: &Control,
+    started: Instant,
+    parts: &Parts,
+    pager: Option<&ServingPager>,
+    report: &mut Report,
+) {
+    let first_instruction = parts.vcpus.first_instruction();
+    report.time_to_first_instruction_ms =
+        first_instruction.map(|at| milliseconds(at.duration_since(started)));
+    if let Some(pager) = pager {
+        let stats = pager.stats();
+        report.set_pager(&stats, &parts.region, started);
+        report.set_source(config.source.url(), stats.source);
+        report.migration = control.migration_report(&stats);
+        report.process = own_memory(config, &parts.region, pager.table_size());
+    }
+}
+
 fn log_start(config: &MachineConfig) {
     tracing::info!(
         source = config.source.url(),
@@ -509,65 +519,14 @@ fn log_start(config: &MachineConfig) {
     );
 }
 
-/// The state that a VM begins in, if it has run before; one that arrives is waited for. `None`: it is the end.
-#[expect(clippy::option_option, reason = "an end, and a beginning with nothing")]
-fn begin_state(
-    config: &MachineConfig,
-    control: &Control,
-    event_loop: &mut EventLoop,
-    region: &Arc<Region>,
-) -> Result<Option<Option<Arc<SnapshotState>>>, MachineError> {
-    let arrival = match &config.start {
-        Start::Boot { .. } => return Ok(Some(None)),
-        Start::Restore(saved) => return Ok(Some(Some(Arc::clone(saved)))),
-        Start::Arrive(arrival, _) => arrival,
-    };
-    control.arriving(arrival);
-    arrival.prepared(region)?;
-    let wake = arrival.wake().map_err(MachineError::Os)?;
-    if event_loop.run_until(wake, || arrival.has_state())?.is_some() {
-        arrival.give_up("it was stopped where the VM was to go");
-        return Ok(None);
-    }
-    Ok(Some(Some(Arc::new(arrival.take_state()?))))
-}
-
-/// Lets a VM that arrived run when it is this host's, and ends it here if that comes to nothing.
-fn take_over(parts: &Arc<Parts>, stopper: Stopper) -> Result<(), MachineError> {
-    let Some(arrival) = parts.arrival.clone() else {
-        return Ok(());
-    };
-    let parts = Arc::clone(parts);
-    let work = move || {
-        if parts.vcpus.await_standing().is_ok() && arrival.load() {
-            let stood = parts.vcpus.state_age();
-            parts.vcpus.unpark();
-            arrival.runs(stood);
-        } else {
-            stopper.end(Ending::Stopped);
-        }
-    };
-    let thread = thread::Builder::new().name("migration-arrival".into());
-    thread.spawn(work).map(drop).map_err(MachineError::Os)
-}
-
-/// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
-fn end_arrival(arrival: Option<&Arrival>) -> Option<ArrivalError> {
-    let arrival = arrival?;
-    let error = arrival.error();
-    arrival.give_up("it was stopped where the VM was to go");
-    if arrival.is_mine() {
-        arrival.finish();
-    }
-    error
-}
-
 /// The console, and the bus that its serial port is on.
 fn make_devices(
     config: &MachineConfig,
     saved: Option<&SnapshotState>,
-    interrupt: EventFd,
+    vm: &Vm,
 ) -> Result<(Console, Arc<DeviceBus>), MachineError> {
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
+    vm.irqfd(&interrupt, SERIAL_IRQ)?;
     let devices = saved.map(SnapshotState::devices);
     let console = make_console(config, devices, interrupt)?;
     let bus = match devices {

@@ -28,8 +28,11 @@
 //! `docs/migration.md` has the states of both sides, and what each loss leads to.
 
 mod arrival;
+mod conversation;
+mod data_channel;
 mod landing;
 mod listener;
+mod ongoing;
 mod push;
 mod ram;
 mod record;
@@ -55,7 +58,8 @@ use crate::kvm::{CpuModel, VmError};
 use crate::snapshot::{self, SavedPages, SnapshotError, StateError};
 
 pub use self::arrival::{Arrival, ArrivalError, ArrivalOptions};
-pub(crate) use self::sender::{Ongoing, TooLate, send};
+pub(crate) use self::ongoing::{Ongoing, TooLate};
+pub(crate) use self::sender::send;
 pub use self::status::{Phase, Status};
 
 /// What both sides of a migration must be able to do.
@@ -66,6 +70,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often each side of the control channel says something.
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
+
+/// The first and the longest pause between attempts to connect anew.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// The number of the barrier after which nothing more is pushed on a channel, and pages are asked for.
 const LAST_BARRIER: u64 = u64::MAX;
@@ -135,7 +142,7 @@ impl MigrationOptions {
             destination,
             mode: Mode::Hybrid,
             downtime: Duration::from_millis(300),
-            timeout: Duration::from_secs(60),
+            timeout: Duration::from_mins(1),
             timeout_strategy: TimeoutStrategy::Switch,
             connections: 1,
             tls_directory: None,

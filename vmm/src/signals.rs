@@ -33,6 +33,18 @@ pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     answer == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
+/// Whether one of `signals`, which are blocked, is pending.
+pub(crate) fn is_pending(signals: &[libc::c_int]) -> bool {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: `set` is a place for the answer.
+    if unsafe { libc::sigpending(set.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: the call has written it, and no number is one that there is not.
+    let is_in = |signal: &libc::c_int| unsafe { libc::sigismember(set.as_ptr(), *signal) == 1 };
+    signals.iter().any(is_in)
+}
+
 /// Waits until one of `signals`, which are blocked, is pending, and takes it.
 pub(crate) fn wait_for(signals: &[libc::c_int]) {
     let Ok(set) = create_sigset(signals) else { return };

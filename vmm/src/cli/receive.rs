@@ -71,11 +71,18 @@ fn configure(options: &ReceiveOptions, control: &Control) -> Result<MachineConfi
         timeout: memory.source_timeout.0,
         record: options.oversight.migration_record(),
     };
-    let listen = || Arrival::listen(listener, arrival);
-    let arrival = signals::with_ending_held_back(listen).map_err(EventLoopError::Signals);
-    let arrival = arrival.map_err(MachineError::from)??;
-    say!("waiting for a VM at {address}");
-    let machine = arrival.await_machine(|| !control.is_ending())?;
+    // Until the event loop takes them, which it does with those that come before, they are looked for here.
+    let signals: Vec<_> = signals::ENDING
+        .into_iter()
+        .filter(|signal| *signal == libc::SIGTERM || !signals::is_ignored(*signal))
+        .collect();
+    signals::block(&signals)
+        .map_err(EventLoopError::Signals)
+        .map_err(MachineError::from)?;
+    let arrival = Arrival::listen(listener, arrival)?;
+    // Not on standard output, which is the guest's console.
+    eprintln!("umem: waiting for a VM at {address}");
+    let machine = arrival.await_machine(|| !control.is_ending() && !signals::is_pending(&signals))?;
     let ram = RamMap::new(machine.ram_size).map_err(LayoutError::RamSize)?;
     Ok(MachineConfig {
         source: RamSource::Arriving(arrival.clone()),

@@ -26,6 +26,7 @@ use crate::devices::EventLoopError;
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
 use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome, SerialLine, Start};
+use crate::migration::ArrivalError;
 use crate::ram_source::{PagerProcess, RamSource};
 use crate::report::{Report, ReportTarget, milliseconds};
 use crate::signals;
@@ -107,6 +108,13 @@ pub(super) fn run_machine(
             Ok(machine::run(&config, oversight.control(), started, &mut report)?)
         })
         .and_then(|outcome| judge(outcome, &mut report));
+    let result = match result {
+        Err(CommandError::Arrival(ArrivalError::Stopped)) => {
+            report.outcome = "stopped";
+            Ok(())
+        }
+        result => result,
+    };
     if report.outcome.is_empty() {
         report.outcome = "error";
     }

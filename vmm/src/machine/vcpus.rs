@@ -84,18 +84,19 @@ pub(crate) struct Restore {
 }
 
 impl Restore {
-    pub(crate) fn new(
-        saved: &Arc<SnapshotState>,
+    pub(crate) fn of(
+        saved: Option<&Arc<SnapshotState>>,
         host: &Host,
         vm: &Arc<Vm>,
         bus: &Arc<DeviceBus>,
-    ) -> Result<Self, MsrError> {
-        Ok(Self {
+    ) -> Result<Option<Self>, MsrError> {
+        let Some(saved) = saved else { return Ok(None) };
+        Ok(Some(Self {
             saved: Arc::clone(saved),
             list: StateList::new(host)?,
             vm: Arc::clone(vm),
             bus: Arc::clone(bus),
-        })
+        }))
     }
 
     fn vcpu(&self, vcpu: &Vcpu) -> Result<(), MachineError> {

@@ -12,6 +12,7 @@
 //! The VM runs in `mine` and in no other state, and no way leads there from `over`.
 
 use std::collections::VecDeque;
+use std::fmt::Write;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -127,6 +128,7 @@ struct State {
     description: Option<Arc<Description>>,
     landing: Option<Arc<Landing>>,
     bytes: Option<Vec<u8>>,
+    source: Option<Arc<RemoteSource>>,
     /// The machine says so.
     runs: bool,
     has_all: bool,
@@ -136,6 +138,15 @@ struct State {
 }
 
 impl State {
+    fn write_down(&self, phase: &str) {
+        if let Some(record) = &self.record
+            && let Err(error) = record.write(phase)
+        {
+            let path = record.path().display();
+            tracing::warn!(%error, %path, "cannot write down whose the VM is");
+        }
+    }
+
     /// What this side says when it is asked.
     fn step(&self) -> Option<Step> {
         match self.phase {
@@ -164,6 +175,7 @@ impl Arrival {
                 description: None,
                 landing: None,
                 bytes: None,
+                source: None,
                 runs: false,
                 has_all: false,
                 done: false,
@@ -257,7 +269,7 @@ impl Arrival {
 
     /// What of RAM is there, and where the rest comes from.
     pub(crate) fn ram(&self) -> Result<(Arc<PageStates>, Arc<dyn PageSource>), ArrivalError> {
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         let Some(landing) = &state.landing else {
             return Err(ArrivalError::Stopped);
         };
@@ -270,7 +282,9 @@ impl Arrival {
             ..RemoteOptions::default()
         };
         let source = RemoteSource::called(Arc::clone(&self.shared.callers), landing.region.pages(), options);
-        Ok((Arc::clone(&landing.states), Arc::new(source)))
+        let (states, source) = (Arc::clone(&landing.states), Arc::new(source));
+        state.source = Some(Arc::clone(&source));
+        Ok((states, source))
     }
 
     /// The machine is about to run, if it is this side's: true. False: it is not, and never will be.
@@ -281,7 +295,7 @@ impl Arrival {
             return false;
         }
         state.phase = Phase::Loaded;
-        shared.record(&state, "loaded");
+        state.write_down("loaded");
         drop(state);
         shared.say(Step::Loaded, 0, "");
         let mut state = shared.lock();
@@ -290,7 +304,7 @@ impl Arrival {
         }
         let mine = state.phase == Phase::Mine;
         if mine {
-            shared.record(&state, "running");
+            state.write_down("running");
         }
         mine
     }
@@ -307,6 +321,10 @@ impl Arrival {
     pub(crate) fn complete(&self) {
         let mut state = self.shared.lock();
         state.has_all = true;
+        // Before it is said: who hears it hangs up.
+        if let Some(source) = state.source.take() {
+            source.close();
+        }
         if state.phase == Phase::Mine {
             self.shared.say_step(state);
         }
@@ -406,21 +424,17 @@ enum Heard {
 
 /// A session for people.
 pub(super) fn token(session: SessionId) -> String {
-    session.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::with_capacity(32);
+    for byte in session.0 {
+        // Writing to a text does not fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn record(&self, state: &State, phase: &str) {
-        if let Some(record) = &state.record
-            && let Err(error) = record.write(phase)
-        {
-            let path = record.path().display();
-            tracing::warn!(%error, %path, "cannot write down whose the VM is");
-        }
     }
 
     /// Nothing comes of it, unless the machine is this side's already.
@@ -433,7 +447,7 @@ impl Shared {
         let text = chain(&error);
         state.phase = Phase::Over;
         state.error = Some(error);
-        self.record(&state, "never-ran");
+        state.write_down("never-ran");
         drop(state);
         self.changed.notify_all();
         let _ = self.wake.write(1);
@@ -460,6 +474,8 @@ impl Shared {
 
     /// The thread that hears the source, until nothing of it is needed.
     fn control(&self) {
+        // The guest stands still while it hears the state and the commit.
+        umem::step_forward();
         loop {
             let Some(opened) = self.next_control() else {
                 return;
@@ -675,7 +691,7 @@ impl Host for Shared {
                 state.session = Some((session, pages));
                 let record = Record::new(self.options.record.clone(), token(session), "destination");
                 state.record = Some(Arc::new(record));
-                self.record(&state, "arriving");
+                state.write_down("arriving");
                 session
             }
             Some(_) if hello.session == SessionId::NEW => {

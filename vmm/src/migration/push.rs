@@ -142,6 +142,18 @@ impl Push {
         }
     }
 
+    /// Lets the round end with what is being sent now. The answer is what will not be sent.
+    pub(super) fn cut_round(&self) -> PageBitmap {
+        let mut plan = self.lock();
+        let from = plan.next;
+        let Some(todo) = &plan.todo else {
+            return PageBitmap::new(self.ram.pages());
+        };
+        let rest = todo.from(from);
+        plan.next = PageIndex(todo.pages());
+        rest
+    }
+
     /// Pages of the round that were dealt with so far.
     pub(super) fn dealt(&self) -> u64 {
         self.dealt.load(Relaxed)

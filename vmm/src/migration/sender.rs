@@ -13,30 +13,27 @@
 //! the destination or an operator saying so.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use umem::call::{self, CallError, Opened};
-use umem::channel::{ChannelError, Receiver, Sender};
-use umem::link::{Credentials, Stream};
+use umem::channel::ChannelError;
 use umem::server::Server;
 use umem::source::remote::MAX_CONNECTIONS;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 use umem::wire::{
-    ChannelKind, Epoch, Goodbye, GoodbyeReason, Handover, Hello, MAX_RANGE_PAGES, MAX_RANGES, Message, Role,
-    SessionId, Step, VERSION,
+    ChannelKind, Epoch, Goodbye, GoodbyeReason, MAX_RANGE_PAGES, MAX_RANGES, Message, SessionId, Step,
 };
 
 use super::arrival::token;
-use super::push::{Await, Push, PushError};
+use super::conversation::{Conversation, Dialer, Heard};
+use super::data_channel::DataChannel;
+use super::ongoing::Ongoing;
+use super::push::{Push, PushError};
 use super::ram::{LeavingRam, SharedRam};
 use super::record::Record;
-use super::status::{Phase, Status};
-use super::{
-    FEATURES, KEEP_ALIVE, LAST_BARRIER, MigrationError, MigrationOptions, MigrationSummary, Mode, PATIENCE,
-    TimeoutStrategy,
-};
+use super::status::Phase;
+use super::{BACKOFF, MigrationError, MigrationOptions, MigrationSummary, Mode, PATIENCE, TimeoutStrategy};
 use crate::control::{Control, PATIENCE as PAUSE_PATIENCE, VmState};
 use crate::dirty::{DirtyTracker, PageBitmap};
 use crate::machine::{ParkError, Parts};
@@ -46,129 +43,11 @@ use crate::snapshot::SnapshotState;
 /// How often somebody who waits looks whether it is still wanted.
 const TICK: Duration = Duration::from_millis(50);
 
-/// The first and the longest pause between attempts to connect anew.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-
 /// The most rounds of a hybrid migration: each halves what is left, or is the last.
 const HYBRID_ROUNDS: u32 = 16;
 
 /// What changed since, and is told before the guest stands still, so many times: each time less is left to be told then.
 const EARLY_DISCARDS: u32 = 2;
-
-/// A migration that goes on, in the hands of other threads.
-#[derive(Debug)]
-pub(crate) struct Ongoing {
-    began: Instant,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    status: Status,
-    cancelled: bool,
-    taken_back: bool,
-}
-
-/// Why a migration is not cancelled, or the VM not taken back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TooLate {
-    /// It was handed over: it may run there.
-    InDoubt,
-    /// It runs there.
-    Away,
-    /// It is not in doubt.
-    NotInDoubt,
-    /// The token is another one's.
-    WrongToken,
-}
-
-impl Ongoing {
-    pub(crate) fn new(options: &MigrationOptions, ram_bytes: u64) -> Self {
-        Self {
-            began: Instant::now(),
-            state: Mutex::new(State {
-                status: Status {
-                    direction: "out",
-                    mode: options.mode,
-                    phase: Phase::Preparing,
-                    peer: options.destination.to_string(),
-                    token: String::new(),
-                    round: 0,
-                    bytes_total: ram_bytes,
-                    bytes_sent: 0,
-                    bytes_left: ram_bytes,
-                    dirty_rate: 0,
-                    bandwidth: 0,
-                    expected_downtime_ms: None,
-                    downtime_ms: None,
-                    elapsed_ms: 0.0,
-                },
-                cancelled: false,
-                taken_back: false,
-            }),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn status(&self) -> Status {
-        let mut status = self.lock().status.clone();
-        status.elapsed_ms = milliseconds(self.began.elapsed());
-        status
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut self.lock().status);
-    }
-
-    /// The VM is to stay.
-    pub(crate) fn cancel(&self) -> Result<(), TooLate> {
-        let mut state = self.lock();
-        match state.status.phase {
-            Phase::InDoubt => Err(TooLate::InDoubt),
-            Phase::Postcopy | Phase::Complete => Err(TooLate::Away),
-            _ => {
-                state.cancelled = true;
-                Ok(())
-            }
-        }
-    }
-
-    /// The VM is to run here after all: the other side is known not to run it, now or later.
-    pub(crate) fn take_back(&self, token: &str) -> Result<(), TooLate> {
-        let mut state = self.lock();
-        match state.status.phase {
-            Phase::InDoubt if state.status.token != token => Err(TooLate::WrongToken),
-            Phase::InDoubt => {
-                state.taken_back = true;
-                Ok(())
-            }
-            Phase::Postcopy | Phase::Complete => Err(TooLate::Away),
-            _ => Err(TooLate::NotInDoubt),
-        }
-    }
-
-    /// Nobody cancels any more. False: somebody has.
-    fn commit(&self) -> bool {
-        let mut state = self.lock();
-        if !state.cancelled {
-            state.status.phase = Phase::InDoubt;
-        }
-        !state.cancelled
-    }
-
-    /// The destination runs it: nobody takes it back any more. False: somebody has.
-    fn hand_over(&self, downtime: Duration) -> bool {
-        let mut state = self.lock();
-        if !state.taken_back {
-            state.status.phase = Phase::Postcopy;
-            state.status.downtime_ms = Some(milliseconds(downtime));
-        }
-        !state.taken_back
-    }
-}
 
 /// Sends a VM that runs, and returns when it is not needed here any more. After an error it runs here.
 pub(crate) fn send(
@@ -177,6 +56,8 @@ pub(crate) fn send(
     ongoing: &Arc<Ongoing>,
     options: &MigrationOptions,
 ) -> Result<MigrationSummary, MigrationError> {
+    // Whose thread this is answers other requests later, and is none the worse for it.
+    umem::step_forward();
     let result = await_arrival(control, parts, ongoing, options)
         .and_then(|()| Session::open(control, parts, ongoing, options))
         .and_then(Session::run);
@@ -198,7 +79,7 @@ fn await_arrival(
             return Err(MigrationError::Arriving(missing));
         }
         ongoing.update(|status| status.phase = Phase::Waiting);
-        if ongoing.lock().cancelled {
+        if ongoing.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
         if control.state() == VmState::Stopped {
@@ -234,135 +115,24 @@ struct Session {
     paused: Option<Instant>,
 }
 
-/// How the destination is called.
-struct Dialer {
-    options: MigrationOptions,
-    credentials: Option<Credentials>,
-    pages: u64,
-    session: SessionId,
-    /// Connections that are open, to be shut at the end.
-    streams: Mutex<Vec<Arc<Stream>>>,
-    epoch: AtomicU64,
+/// Where the time goes while the guest stands still, in microseconds.
+struct Clock {
+    last: Instant,
+    laps: Vec<(&'static str, u128)>,
 }
 
-impl Dialer {
-    fn destination(&self) -> String {
-        self.options.destination.to_string()
-    }
-
-    fn call(&self, kind: ChannelKind, session: SessionId) -> Result<Opened, MigrationError> {
-        let connect = || -> std::io::Result<Stream> {
-            let stream = Stream::connect(&self.options.destination, PATIENCE, self.credentials.as_ref())?;
-            stream.set_timeouts(Some(PATIENCE), Some(PATIENCE))?;
-            Ok(stream)
-        };
-        let stream = connect().map_err(|source| MigrationError::Connect {
-            destination: self.destination(),
-            source,
-        })?;
-        let hello = Hello {
-            version: VERSION,
-            features: FEATURES,
-            pages: Some(self.pages),
-            epoch: Epoch(self.epoch.load(Relaxed)),
-            keep_alive_ms: 0,
-            channel: kind,
-            role: Role::Provider,
-            session,
-            digest: None,
-            image: "",
-        };
-        let opened = call::call(stream, &hello).map_err(|source| MigrationError::Call {
-            destination: self.destination(),
-            source,
-        })?;
-        if !opened.welcome.features.contains(FEATURES) {
-            return Err(MigrationError::TooOld(self.destination()));
-        }
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that nobody else has any more.
-        streams.retain(|stream| Arc::strong_count(stream) > 1);
-        streams.push(Arc::clone(&opened.stream));
-        Ok(opened)
-    }
-
-    fn hang_up(&self) {
-        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        for stream in streams.iter() {
-            // Where it fails, it has ended.
-            let _ = stream.shutdown();
-        }
-    }
-}
-
-/// What the destination says of the handover.
-#[derive(Debug)]
-enum Heard {
-    Step(Step, u32, String),
-    Goodbye(String),
-}
-
-/// The control channel.
-struct Conversation {
-    sender: Sender,
-    receiver: Receiver,
-    stream: Arc<Stream>,
-    heard: Instant,
-    said: Instant,
-}
-
-impl Conversation {
-    fn new(opened: Opened) -> Self {
-        let now = Instant::now();
+impl Clock {
+    fn start() -> Self {
         Self {
-            sender: opened.sender,
-            receiver: opened.receiver,
-            stream: opened.stream,
-            heard: now,
-            said: now,
+            last: Instant::now(),
+            laps: Vec::new(),
         }
     }
 
-    fn say(&mut self, message: &Message<'_>) -> Result<(), ChannelError> {
-        self.said = Instant::now();
-        self.sender.send(message)
-    }
-
-    fn step(&mut self, step: Step, text: &str) -> Result<(), ChannelError> {
-        self.say(&Message::Handover(Handover { step, value: 0, text }))
-    }
-
-    /// What comes within `patience`. An error where nothing at all came for too long.
-    fn hear(&mut self, patience: Duration) -> Result<Option<Heard>, ChannelError> {
-        let deadline = Instant::now() + patience;
-        loop {
-            if self.said.elapsed() >= KEEP_ALIVE {
-                self.say(&Message::Ping { token: 0 })?;
-            }
-            let mut pong = None;
-            while let Some(message) = self.receiver.next_message()? {
-                self.heard = Instant::now();
-                match message {
-                    Message::Handover(Handover { step, value, text }) => {
-                        return Ok(Some(Heard::Step(step, value, text.to_owned())));
-                    }
-                    Message::Goodbye(goodbye) => return Ok(Some(Heard::Goodbye(goodbye.text.to_owned()))),
-                    Message::Ping { token } => pong = Some(token),
-                    _ => {}
-                }
-            }
-            if let Some(token) = pong {
-                self.say(&Message::Pong { token })?;
-            }
-            if self.heard.elapsed() >= PATIENCE {
-                return Err(ChannelError::Quiet);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let came = self.receiver.has_more(&self.stream, left.min(KEEP_ALIVE))?;
-            if !came && left.is_zero() {
-                return Ok(None);
-            }
-        }
+    fn lap(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.laps.push((name, (now - self.last).as_micros()));
+        self.last = now;
     }
 }
 
@@ -449,7 +219,7 @@ impl Session {
 
     /// Whether it is still wanted.
     fn check(&self) -> Result<(), MigrationError> {
-        if self.ongoing.lock().cancelled {
+        if self.ongoing.is_cancelled() {
             return Err(MigrationError::Cancelled);
         }
         if self.control.state() == VmState::Stopped {
@@ -556,8 +326,9 @@ impl Session {
         let _ = self.take_changes()?;
         let mut todo = PageBitmap::all(self.ram.pages());
         loop {
-            let (sent, took) = self.round(todo)?;
-            let changed = self.take_changes()?;
+            let (sent, took, unsent) = self.round(todo)?;
+            let mut changed = self.take_changes()?;
+            changed.merge(&unsent);
             let left = changed.count() * PAGE_SIZE as u64;
             let bandwidth = (sent as f64 / took.as_secs_f64()).max(1.0);
             let expected = Duration::from_secs_f64(left as f64 / bandwidth);
@@ -589,13 +360,15 @@ impl Session {
         }
     }
 
-    /// Sends pages, and waits until they have arrived. The answer is how many bytes that were, and how long it took.
-    fn round(&mut self, todo: PageBitmap) -> Result<(u64, Duration), MigrationError> {
+    /// Sends pages, and waits until they have arrived. The answer is how many bytes that were, how long it took, and what was not sent
+    /// because time is over: what a hybrid migration sends after the switch.
+    fn round(&mut self, todo: PageBitmap) -> Result<(u64, Duration, PageBitmap), MigrationError> {
         let (began, before) = (Instant::now(), self.push.bytes.load(Relaxed));
         self.rounds += 1;
         let (round, pages) = (self.rounds, todo.count());
         self.dialer.epoch.store(round.into(), Relaxed);
         self.push.begin_round(todo);
+        let mut unsent = None;
         loop {
             let ended = self
                 .push
@@ -613,9 +386,12 @@ impl Session {
             if self.paused.is_none() {
                 self.check()?;
                 let late = self.ongoing.began.elapsed() >= self.options.timeout;
+                if late && self.options.mode == Mode::Hybrid && unsent.is_none() {
+                    unsent = Some(self.push.cut_round());
+                }
                 if late
-                    && self.options.timeout_strategy == TimeoutStrategy::Cancel
                     && self.options.mode == Mode::Precopy
+                    && self.options.timeout_strategy == TimeoutStrategy::Cancel
                 {
                     return Err(MigrationError::TimedOut {
                         left: left / PAGE_SIZE as u64,
@@ -625,7 +401,8 @@ impl Session {
             }
             self.listen(Duration::ZERO)?;
         }
-        Ok((self.push.bytes.load(Relaxed) - before, began.elapsed()))
+        let unsent = unsent.unwrap_or_else(|| PageBitmap::new(self.ram.pages()));
+        Ok((self.push.bytes.load(Relaxed) - before, began.elapsed(), unsent))
     }
 
     fn push_failed(&mut self, error: PushError) -> MigrationError {
@@ -653,9 +430,12 @@ impl Session {
             }
         }
         self.check()?;
+        let mut clock = Clock::start();
         self.paused = Some(Instant::now());
         self.stand_still()?;
+        clock.lap("stand still");
         let state = self.save_state()?;
+        clock.lap("save");
         // After the state was read, for which KVM may have written to RAM.
         if let Some(mut pages) = changed {
             pages.merge(&self.take_changes()?);
@@ -668,13 +448,19 @@ impl Session {
         } else {
             self.missing = self.ram.pages();
         }
+        clock.lap("rest of RAM");
         let bytes = state.encode()?;
+        clock.lap("encode");
         let said = self.conversation.say(&Message::State { bytes: &bytes });
         said.map_err(|error| self.lost(error))?;
+        clock.lap("send");
         self.await_step(Step::Loaded, PATIENCE)?;
+        clock.lap("load there");
         self.record
             .write("committed")
             .map_err(|source| self.unwritable(source))?;
+        clock.lap("record");
+        tracing::info!(laps = ?clock.laps, bytes = bytes.len(), "switched");
         if !self.ongoing.commit() {
             return Err(MigrationError::Cancelled);
         }
@@ -729,7 +515,6 @@ impl Session {
             let heard = said.and_then(|()| self.conversation.hear(TICK));
             said = Ok(());
             match heard {
-                Ok(None) => {}
                 Ok(Some(Heard::Step(step @ (Step::Running | Step::Complete), ..))) => {
                     if downtime.is_none() {
                         let stood = self.paused.map_or(Duration::ZERO, |since| since.elapsed());
@@ -755,7 +540,7 @@ impl Session {
                 Ok(Some(Heard::Step(Step::Loaded, ..))) => {
                     said = self.conversation.step(Step::Commit, "");
                 }
-                Ok(Some(Heard::Step(..))) => {}
+                Ok(None | Some(Heard::Step(..))) => {}
                 Ok(Some(Heard::Goodbye(_))) | Err(_) => {
                     thread::sleep(pause);
                     pause = (pause * 2).min(BACKOFF.1);
@@ -776,7 +561,7 @@ impl Session {
                     }
                 }
             }
-            if downtime.is_none() && self.ongoing.lock().taken_back {
+            if downtime.is_none() && self.ongoing.is_taken_back() {
                 return Err(MigrationError::TakenBack);
             }
             if self.control.state() == VmState::Stopped {
@@ -801,63 +586,5 @@ impl Session {
         });
         self.record.remove();
         Ok(downtime.unwrap_or_default())
-    }
-}
-
-/// A channel for RAM.
-struct DataChannel {
-    dialer: Arc<Dialer>,
-    push: Arc<Push>,
-    server: Server,
-    ram: SharedRam,
-    kind: ChannelKind,
-}
-
-impl DataChannel {
-    /// Pushes, then serves; connects anew as long as it is wanted.
-    fn run(&self, mut opened: Opened) {
-        let pushed = match self.kind {
-            ChannelKind::Background => self.push.push_on(&mut opened),
-            _ => self.push.await_last(),
-        };
-        if pushed.is_err() {
-            return;
-        }
-        let mut pause = BACKOFF.0;
-        loop {
-            let began = Instant::now();
-            if let Err(error) = self.server.attend(opened, self.kind, &*self.ram) {
-                tracing::info!(error = &error as &dyn std::error::Error, channel = %self.kind, "channel to the destination lost");
-            }
-            if began.elapsed() >= BACKOFF.1 {
-                pause = BACKOFF.0;
-            }
-            opened = loop {
-                if self.push.has_ended() {
-                    return;
-                }
-                thread::sleep(pause);
-                pause = (pause * 2).min(BACKOFF.1);
-                match self.dialer.call(self.kind, self.dialer.session) {
-                    Ok(mut opened) => {
-                        // Whoever still waits for pages to be pushed learns that there are none.
-                        let last = Message::Barrier {
-                            number: LAST_BARRIER,
-                            epoch: Epoch(self.dialer.epoch.load(Relaxed)),
-                        };
-                        if self.kind == ChannelKind::Demand || opened.sender.send(&last).is_ok() {
-                            break opened;
-                        }
-                    }
-                    Err(MigrationError::Call {
-                        source: CallError::Refused { .. },
-                        ..
-                    }) => {}
-                    Err(error) => {
-                        tracing::debug!(error = &error as &dyn std::error::Error, channel = %self.kind, "no channel to the destination");
-                    }
-                }
-            };
-        }
     }
 }

@@ -112,7 +112,7 @@ fn migration(status: &Value) -> String {
         ("downtime", "downtime_ms"),
     ] {
         if let Some(time) = status.get(key) {
-            text.push_str(&format!(", {name} {time} ms"));
+            text = format!("{text}, {name} {time} ms");
         }
     }
     text

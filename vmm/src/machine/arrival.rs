@@ -1,0 +1,73 @@
+//! A VM that comes from another host: its state is waited for, and the moment at which it is this host's.
+
+use std::sync::Arc;
+use std::thread;
+
+use umem::region::Region;
+
+use super::{MachineConfig, MachineError, Parts, Start};
+use crate::control::Control;
+use crate::devices::{EventLoop, Stopper};
+use crate::ending::Ending;
+use crate::migration::{Arrival, ArrivalError};
+use crate::snapshot::SnapshotState;
+
+/// The state that a VM begins in, if it has run before; one that arrives is waited for. `None`: it is the end.
+#[expect(clippy::option_option, reason = "an end, and a beginning with nothing")]
+pub(super) fn begin_state(
+    config: &MachineConfig,
+    control: &Control,
+    event_loop: &mut EventLoop,
+    region: &Arc<Region>,
+) -> Result<Option<Option<Arc<SnapshotState>>>, MachineError> {
+    let arrival = match &config.start {
+        Start::Boot { .. } => return Ok(Some(None)),
+        Start::Restore(saved) => return Ok(Some(Some(Arc::clone(saved)))),
+        Start::Arrive(arrival, _) => arrival,
+    };
+    control.arriving(arrival);
+    // From when the state is here until vCPUs run, the guest stands still.
+    umem::step_forward();
+    arrival.prepared(region)?;
+    let wake = arrival.wake().map_err(MachineError::Os)?;
+    if event_loop.run_until(wake, || arrival.has_state())?.is_some() {
+        arrival.give_up("it was stopped where the VM was to go");
+        return Ok(None);
+    }
+    Ok(Some(Some(Arc::new(arrival.take_state()?))))
+}
+
+/// Lets a VM that arrived run when it is this host's, and ends it here if that comes to nothing.
+pub(super) fn take_over(parts: &Arc<Parts>, stopper: Stopper) {
+    let Some(arrival) = parts.arrival.clone() else {
+        return;
+    };
+    let parts = Arc::clone(parts);
+    let on_failure = stopper.clone();
+    let work = move || {
+        umem::step_forward();
+        if parts.vcpus.await_standing().is_ok() && arrival.load() {
+            let stood = parts.vcpus.state_age();
+            parts.vcpus.unpark();
+            arrival.runs(stood);
+        } else {
+            stopper.end(Ending::Stopped);
+        }
+    };
+    let thread = thread::Builder::new().name("migration-arrival".into());
+    if let Err(error) = thread.spawn(work) {
+        tracing::error!(%error, "no thread for a VM that arrives");
+        on_failure.end(Ending::Stopped);
+    }
+}
+
+/// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
+pub(super) fn end_arrival(arrival: Option<&Arrival>) -> Option<ArrivalError> {
+    let arrival = arrival?;
+    let error = arrival.error();
+    arrival.give_up("it was stopped where the VM was to go");
+    if arrival.is_mine() {
+        arrival.finish();
+    }
+    error
+}
