@@ -1,5 +1,7 @@
-//! The generation counter: 64 bits in a page that whoever asks maps read-only.
+//! The generation counter: 64 bits in a page that whoever asks maps read-only. With the watcher `perf` it is behind until
+//! somebody looks; then only this process can look.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -15,12 +17,59 @@ use crate::mapping::Mapping;
 /// Bytes of the page.
 pub const COUNTER_PAGE: usize = 4096;
 
-/// A read-only view of the counter. It grows with every invalidation that hits a registered range, and has done so before
-/// the call that invalidated returns.
+/// The counter of a notifier. It grows with every invalidation that hits a registered range, and has done so before the call
+/// that invalidated returns.
+///
+/// Copies are the same counter, which stays as long as one of them does.
+#[derive(Clone, Debug)]
+pub struct Counter {
+    page: CounterPage,
+    backlog: Option<Arc<dyn Backlog>>,
+}
+
+/// What has not yet been counted.
+pub(crate) trait Backlog: fmt::Debug + Send + Sync {
+    /// Counts all that has happened when this is called.
+    fn catch_up(&self);
+}
+
+impl Counter {
+    /// One whose page is right by itself.
+    pub(crate) fn of(page: CounterPage) -> Self {
+        let backlog = None;
+        Self { page, backlog }
+    }
+
+    /// One whose page is right when `backlog` has been counted.
+    pub(crate) fn behind(page: CounterPage, backlog: Arc<dyn Backlog>) -> Self {
+        let backlog = Some(backlog);
+        Self { page, backlog }
+    }
+
+    /// Its value. What invalidations that have returned did is in it.
+    ///
+    /// With the watcher `perf`, and after an invalidation anywhere, this takes a lock: it is nothing for the handler of a
+    /// signal.
+    #[inline]
+    pub fn load(&self) -> u64 {
+        if let Some(backlog) = &self.backlog {
+            backlog.catch_up();
+        }
+        self.page.load()
+    }
+
+    /// Its page, for who looks without this type or from another process. `None`: there is none that is right by itself,
+    /// because the watcher is `perf`.
+    pub fn page(&self) -> Option<&CounterPage> {
+        self.backlog.is_none().then_some(&self.page)
+    }
+}
+
+/// A read-only view of a page that has a counter at its start.
 ///
 /// Copies are views of the same page, which stays as long as one of them does.
 #[derive(Clone, Debug)]
-pub struct Counter(Arc<View>);
+pub struct CounterPage(Arc<View>);
 
 #[derive(Debug)]
 struct View {
@@ -29,7 +78,7 @@ struct View {
     file: OwnedFd,
 }
 
-impl Counter {
+impl CounterPage {
     /// Maps the first page of a file.
     pub(crate) fn map(file: OwnedFd) -> io::Result<Self> {
         let page = Mapping::shared(file.as_fd(), 0, COUNTER_PAGE, ProtFlags::READ)?;
@@ -50,7 +99,7 @@ impl Counter {
     }
 
     /// Where the page is mapped in this process.
-    pub fn page(&self) -> NonNull<u64> {
+    pub fn start(&self) -> NonNull<u64> {
         self.0.page.start().cast()
     }
 
@@ -66,7 +115,7 @@ pub(crate) struct OwnCounter(Mapping);
 
 impl OwnCounter {
     /// One of 0, and the view of it.
-    pub(crate) fn new() -> io::Result<(Self, Counter)> {
+    pub(crate) fn new() -> io::Result<(Self, CounterPage)> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let memfd = rustix::fs::memfd_create("ummunotify", flags)?;
         rustix::fs::ftruncate(&memfd, COUNTER_PAGE as u64)?;
@@ -76,7 +125,7 @@ impl OwnCounter {
             &memfd,
             SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
         )?;
-        Ok((Self(page), Counter::map(memfd)?))
+        Ok((Self(page), CounterPage::map(memfd)?))
     }
 
     /// Moves it.
@@ -105,7 +154,7 @@ mod tests {
         assert_eq!(writable.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         assert!(rustix::fs::ftruncate(counter.file(), 0).is_err());
         assert!(rustix::io::pwrite(counter.file(), &[1], 0).is_err());
-        let elsewhere = Counter::map(counter.file().try_clone_to_owned().unwrap()).unwrap();
+        let elsewhere = CounterPage::map(counter.file().try_clone_to_owned().unwrap()).unwrap();
         own.increment();
         assert_eq!(elsewhere.load(), 2);
     }

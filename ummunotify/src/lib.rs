@@ -12,7 +12,7 @@
 //! ```text
 //! notifier        register, read, poll
 //! queue  ranges   what is pending; which ranges an invalidation hits
-//! watcher         who notices: kvm, userfaultfd, or the program itself (Driven)
+//! watcher         who notices: kvm, perf, userfaultfd, or the program itself (Driven)
 //! counter         the page
 //! ```
 
@@ -33,10 +33,11 @@ mod signals;
 mod watcher;
 
 pub use choice::{Choice, OpenError, UnknownWatcher, WatcherKind};
-pub use counter::{COUNTER_PAGE, Counter};
+pub use counter::{COUNTER_PAGE, Counter, CounterPage};
 pub use driven::{Driven, Invalidation};
 pub use notifier::{ExchangeError, Forked, Notifier, ReadError, RegisterError, UnregisterError};
 pub use queue::Event;
 pub use ranges::{AddressRange, Cookie, Ranges};
 pub use watcher::kvm::KvmError;
+pub use watcher::perf::PerfError;
 pub use watcher::userfaultfd::UserfaultfdError;

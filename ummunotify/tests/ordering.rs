@@ -49,6 +49,13 @@ fn kvm_moves_the_counter_in_time() {
 }
 
 #[test]
+fn perf_moves_the_counter_in_time() {
+    let test = "ordering::perf_moves_the_counter_in_time";
+    the_counter_has_moved(test, WatcherKind::Perf, 1, rounds(50_000));
+    the_counter_has_moved(test, WatcherKind::Perf, 4, rounds(50_000) / 4);
+}
+
+#[test]
 fn userfaultfd_moves_the_counter_in_time() {
     let test = "ordering::userfaultfd_moves_the_counter_in_time";
     the_counter_has_moved(test, WatcherKind::Userfaultfd, 1, rounds(50_000) / 10);
@@ -82,6 +89,12 @@ fn each_invalidation_is_counted_once(test: &str, kind: WatcherKind, times: u64) 
 fn kvm_counts_each_invalidation_once() {
     let test = "ordering::kvm_counts_each_invalidation_once";
     each_invalidation_is_counted_once(test, WatcherKind::Kvm, rounds(10_000));
+}
+
+#[test]
+fn perf_counts_each_invalidation_once() {
+    let test = "ordering::perf_counts_each_invalidation_once";
+    each_invalidation_is_counted_once(test, WatcherKind::Perf, rounds(10_000));
 }
 
 #[test]
@@ -120,6 +133,12 @@ fn unregistering_races_with_an_invalidation(test: &str, kind: WatcherKind, times
 fn kvm_tells_nothing_of_an_unregistered_range() {
     let test = "ordering::kvm_tells_nothing_of_an_unregistered_range";
     unregistering_races_with_an_invalidation(test, WatcherKind::Kvm, rounds(2000));
+}
+
+#[test]
+fn perf_tells_nothing_of_an_unregistered_range() {
+    let test = "ordering::perf_tells_nothing_of_an_unregistered_range";
+    unregistering_races_with_an_invalidation(test, WatcherKind::Perf, rounds(2000));
 }
 
 #[test]
@@ -229,6 +248,12 @@ fn kvm_agrees_with_a_model() {
         WatcherKind::Kvm,
         rounds(2000),
     );
+}
+
+#[test]
+fn perf_agrees_with_a_model() {
+    let test = "ordering::perf_agrees_with_a_model";
+    random_operations(test, WatcherKind::Perf, rounds(2000));
 }
 
 #[test]
