@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::ProtFlags;
@@ -24,13 +24,77 @@ pub const COUNTER_PAGE: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct Counter {
     page: CounterPage,
-    backlog: Option<Arc<dyn Backlog>>,
+    backlog: Option<(Arc<Heads>, Arc<dyn Backlog>)>,
 }
 
 /// What has not yet been counted.
 pub(crate) trait Backlog: fmt::Debug + Send + Sync {
     /// Counts all that has happened when this is called.
     fn catch_up(&self);
+}
+
+/// Words of which one grows with whatever happens, and their sum when all that was counted.
+#[derive(Debug)]
+pub(crate) struct Heads {
+    words: Box<[NonNull<AtomicU64>]>,
+    /// How many words there are, and that sum: in a page of which a process made by fork has zeroes, since it does not have
+    /// the words either.
+    page: Mapping,
+}
+
+// SAFETY: the words are there as long as `self` is used, by the condition of `new`, and are only read, atomically.
+unsafe impl Send for Heads {}
+// SAFETY: as for Send.
+unsafe impl Sync for Heads {}
+
+impl Heads {
+    /// # Safety
+    ///
+    /// The words are there as long as what is returned is used, except in a process made by fork.
+    pub(crate) unsafe fn new(words: Box<[NonNull<AtomicU64>]>) -> io::Result<Self> {
+        let page = Mapping::wiped_in_a_fork(2 * size_of::<AtomicU64>())?;
+        let heads = Self { words, page };
+        heads.count().store(heads.words.len() as u64, Release);
+        Ok(heads)
+    }
+
+    /// Whether something has happened that is not counted. Nothing ever has after [`Heads::close`], nor in a process made by
+    /// fork.
+    #[inline]
+    fn have_moved(&self) -> bool {
+        // First, so that each word is at or after what it was then: the sums are the same if and only if all words are.
+        let counted = self.counted().load(Acquire);
+        let count = self.count().load(Acquire) as usize;
+        // SAFETY: there are so many, by the condition of `new`.
+        let words = self.words.iter().take(count).map(|word| unsafe { word.as_ref() });
+        words.fold(0, |sum: u64, word| sum.wrapping_add(word.load(Acquire))) != counted
+    }
+
+    /// All has been counted that happened up to where the words had this sum.
+    pub(crate) fn set_counted(&self, sum: u64) {
+        self.counted().store(sum, Release);
+    }
+
+    /// Whether there are any words.
+    pub(crate) fn are_open(&self) -> bool {
+        self.count().load(Acquire) > 0
+    }
+
+    /// From now on nothing happens.
+    pub(crate) fn close(&self) {
+        self.count().store(0, Release);
+        self.counted().store(0, Release);
+    }
+
+    fn count(&self) -> &AtomicU64 {
+        // SAFETY: in the page, which is mapped as long as `self` is, and used in this way alone.
+        unsafe { self.page.start().cast().as_ref() }
+    }
+
+    fn counted(&self) -> &AtomicU64 {
+        // SAFETY: as above.
+        unsafe { self.page.start().cast::<AtomicU64>().add(1).as_ref() }
+    }
 }
 
 impl Counter {
@@ -40,9 +104,9 @@ impl Counter {
         Self { page, backlog }
     }
 
-    /// One whose page is right when `backlog` has been counted.
-    pub(crate) fn behind(page: CounterPage, backlog: Arc<dyn Backlog>) -> Self {
-        let backlog = Some(backlog);
+    /// One whose page is right when `backlog` has been counted, of which there is some when `heads` have moved.
+    pub(crate) fn behind(page: CounterPage, heads: Arc<Heads>, backlog: Arc<dyn Backlog>) -> Self {
+        let backlog = Some((heads, backlog));
         Self { page, backlog }
     }
 
@@ -52,7 +116,9 @@ impl Counter {
     /// signal.
     #[inline]
     pub fn load(&self) -> u64 {
-        if let Some(backlog) = &self.backlog {
+        if let Some((heads, backlog)) = &self.backlog
+            && heads.have_moved()
+        {
             backlog.catch_up();
         }
         self.page.load()

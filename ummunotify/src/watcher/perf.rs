@@ -112,7 +112,7 @@ impl Perf {
     fn start(events: Arc<[Events]>, rings: Vec<Ring>, vm: Arc<OwnedFd>) -> io::Result<(Self, Counter)> {
         let (own, page) = OwnCounter::new()?;
         let rings = Arc::new(Rings::new(rings, own)?);
-        let counter = Counter::behind(page.clone(), Arc::clone(&rings) as _);
+        let counter = Counter::behind(page.clone(), rings.heads(), Arc::clone(&rings) as _);
         let descriptor = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let (ready, stop) = (Arc::new(descriptor()?), descriptor()?);
         let waker = Waker {
@@ -237,10 +237,7 @@ impl Waker {
                 let revents = descriptor.revents();
                 revents.intersects(PollFlags::HUP | PollFlags::ERR) && !revents.contains(PollFlags::IN)
             };
-            if descriptors
-                .pop()
-                .is_some_and(|stop| !stop.revents().is_empty())
-            {
+            if descriptors.pop().is_some_and(|stop| !stop.revents().is_empty()) {
                 return;
             }
             for (there, descriptor) in there.iter_mut().filter(|there| **there).zip(&descriptors) {

@@ -4,14 +4,11 @@
 //! the rings were last read knows that there was none since; who does not reads the rings before he looks at the counter.
 
 use std::collections::HashMap;
-use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::ring::Ring;
-use crate::counter::{Backlog, OwnCounter};
-use crate::mapping::Mapping;
+use crate::counter::{Backlog, Heads, OwnCounter};
 use crate::ranges::{AddressRange, Cookie, Ranges};
 use crate::watcher::Noticed;
 
@@ -21,15 +18,9 @@ const PENDING: usize = 1 << 14;
 /// The rings, whoever looks at them.
 #[derive(Debug)]
 pub(super) struct Rings {
-    gate: Gate,
-    heads: Box<[NonNull<AtomicU64>]>,
+    heads: Arc<Heads>,
     noted: Mutex<Noted>,
 }
-
-// SAFETY: the heads are in the mappings of the rings, which are as old and as long there; they are only read, atomically.
-unsafe impl Send for Rings {}
-// SAFETY: as for Send.
-unsafe impl Sync for Rings {}
 
 /// What has been read of the rings.
 #[derive(Debug)]
@@ -38,26 +29,6 @@ pub(super) struct Noted {
     rings: Vec<Ring>,
     watched: Watched,
     pending: Vec<Noticed>,
-}
-
-/// How many rings there are, and the sum of the places up to which they have been read: two words in a page of which a
-/// process made by fork has zeroes, since it does not have the rings either. There the counter stands still.
-#[derive(Debug)]
-struct Gate(Mapping);
-
-impl Gate {
-    fn word(&self, index: usize) -> &AtomicU64 {
-        // SAFETY: in the page, which is mapped as long as `self` is, and used in this way alone.
-        unsafe { self.0.start().cast::<AtomicU64>().add(index).as_ref() }
-    }
-
-    fn count(&self) -> &AtomicU64 {
-        self.word(0)
-    }
-
-    fn read_up_to(&self) -> &AtomicU64 {
-        self.word(1)
-    }
 }
 
 /// The watched ranges. One that is watched several times is among them once.
@@ -94,32 +65,34 @@ impl Watched {
 }
 
 impl Rings {
-    pub(super) fn new(rings: Vec<Ring>, counter: OwnCounter) -> std::io::Result<Self> {
-        let heads = rings.iter().map(Ring::head).collect();
-        let gate = Gate(Mapping::wiped_in_a_fork(2 * size_of::<AtomicU64>())?);
-        gate.read_up_to().store(rings.iter().map(Ring::at).sum(), Release);
-        gate.count().store(rings.len() as u64, Release);
+    pub(super) fn new(rings: Vec<Ring>, counter: OwnCounter) -> io::Result<Self> {
+        // SAFETY: the heads are in the mappings of the rings, which are there as long as the value that has both.
+        let heads = unsafe { Heads::new(rings.iter().map(Ring::head).collect()) }?;
+        heads.set_counted(rings.iter().map(Ring::at).sum());
         let noted = Noted {
             counter,
             rings,
             watched: Watched::default(),
-            pending: Vec::with_capacity(PENDING),
+            pending: Noted::list(),
         };
         Ok(Self {
-            gate,
-            heads,
+            heads: Arc::new(heads),
             noted: Mutex::new(noted),
         })
+    }
+
+    /// The heads of the rings.
+    pub(super) fn heads(&self) -> Arc<Heads> {
+        Arc::clone(&self.heads)
     }
 
     /// What has been noted, with the rings read.
     pub(super) fn read(&self) -> MutexGuard<'_, Noted> {
         let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         // They may have been closed meanwhile.
-        if self.gate.count().load(Acquire) > 0 {
+        if self.heads.are_open() {
             noted.read_rings();
-            let read_up_to = noted.rings.iter().map(Ring::at).sum();
-            self.gate.read_up_to().store(read_up_to, Release);
+            self.heads.set_counted(noted.rings.iter().map(Ring::at).sum());
         }
         noted
     }
@@ -127,24 +100,13 @@ impl Rings {
     /// From now on the counter stands still.
     pub(super) fn close(&self) {
         let _noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
-        self.gate.count().store(0, Release);
-        self.gate.read_up_to().store(0, Release);
+        self.heads.close();
     }
 }
 
 impl Backlog for Rings {
-    #[inline]
     fn catch_up(&self) {
-        // First, so that each head is at or after the place up to which its ring was read: then the sums are the same if and
-        // only if all are there.
-        let read_up_to = self.gate.read_up_to().load(Acquire);
-        let count = self.gate.count().load(Acquire) as usize;
-        let heads = self.heads[..count].iter();
-        // SAFETY: mapped as long as `self` is, in the process in which the count is not 0.
-        let sum: u64 = heads.map(|head| unsafe { head.as_ref() }.load(Acquire)).sum();
-        if sum != read_up_to {
-            drop(self.read());
-        }
+        drop(self.read());
     }
 }
 

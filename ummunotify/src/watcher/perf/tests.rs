@@ -21,7 +21,7 @@ fn open(test: &str) -> Option<(Vec<Events>, Vec<Ring>, Arc<OwnedFd>)> {
         .ok()
 }
 
-/// Maps a page and unmaps it, so many times, on the first CPU.
+/// Maps a page, maps another over it so many times, and unmaps it, on the first CPU.
 fn unmap_on_the_first_cpu(times: u64) -> AddressRange {
     const PAGE: usize = 4096;
     let before = rustix::thread::sched_getaffinity(None).unwrap();
@@ -33,8 +33,7 @@ fn unmap_on_the_first_cpu(times: u64) -> AddressRange {
     let start = unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE, protection, MapFlags::PRIVATE) }.unwrap();
     for _ in 0..times {
         let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: at the address of the page mapped before; where it was unmapped, another thread may map something, but this
-        // is done between two pages that stay.
+        // SAFETY: over the page mapped before, to which nobody has a reference.
         unsafe {
             mmap_anonymous(start, PAGE, protection, flags | MapFlags::POPULATE).unwrap();
         }
@@ -65,7 +64,7 @@ fn what_two_events_tell_is_one_invalidation() {
         }
         let head = rings[0].at();
         let range = unmap_on_the_first_cpu(1000);
-        // One for each time that it was mapped over, and one for the last munmap.
+        // Each time that it was mapped over, and the last munmap.
         assert_eq!(count(&mut rings[0], range), (true, 1001), "{awaited}");
         let written = rings[0].at() - head;
         assert!(written >= 48 * 1001 * (1 + u64::from(awaited)), "{written}");

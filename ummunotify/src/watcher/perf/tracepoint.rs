@@ -40,7 +40,10 @@ impl Tracepoint {
                 .find(|line| line.contains(&format!(" {name};")))?
                 .split(';')
                 .map(str::trim);
-            let offset = words.find_map(|word| word.strip_prefix("offset:"))?.parse().ok()?;
+            let offset = words
+                .find_map(|word| word.strip_prefix("offset:"))?
+                .parse()
+                .ok()?;
             // An address, that is read as two halves.
             (words.next() == Some("size:8") && offset % 4 == 0).then_some(offset)
         };
@@ -102,7 +105,11 @@ print fmt: \"mmu notifier unmap range: %#016lx -- %#016lx\", REC->start, REC->en
 
     #[test]
     fn another_format_is_refused() {
-        for (what, with) in [("ID: ", "id: "), ("long end;", "long last;"), ("size:8", "size:4")] {
+        for (what, with) in [
+            ("ID: ", "id: "),
+            ("long end;", "long last;"),
+            ("size:8", "size:4"),
+        ] {
             assert_eq!(Tracepoint::parse(&FORMAT.replace(what, with)), None, "{what}");
         }
         assert_eq!(Tracepoint::parse(&FORMAT.replace("offset:16", "offset:17")), None);
