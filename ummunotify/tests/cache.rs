@@ -148,7 +148,7 @@ fn with_perf_no_hit_is_stale() {
 #[test]
 fn with_userfaultfd_no_hit_is_stale() {
     let test = "cache::with_userfaultfd_no_hit_is_stale";
-    no_hit_is_stale(test, WatcherKind::Userfaultfd, rounds(20_000) / 10);
+    no_hit_is_stale(test, WatcherKind::Userfaultfd, rounds(2000));
 }
 
 /// What the tests above would find.
