@@ -47,7 +47,7 @@ fn where_bpf_is_not_permitted_perf_is_next() {
         return;
     }
     without(test, BPF, || {
-        // Debian's kernel can ask for CAP_SYS_ADMIN for this too.
+        // On Debian's Linux 6.1 this was refused without CAP_SYS_ADMIN.
         if open(test, WatcherKind::Perf).is_none() {
             return;
         }
