@@ -34,7 +34,7 @@ fn a_program_for_the_device_runs_unmodified() {
             .arg(&device)
             .run();
         run.assert_code(0);
-        assert_eq!(run.stdout.matches(": ok").count(), 10, "{run}");
+        assert_eq!(run.stdout.matches(": ok").count(), 12, "{run}");
     }
     // Its exit code is the command's; the watcher need not be named; and options after the program are its own.
     let run = Program::umem(["exec", "sh", "-c", "exit 7"]).run();

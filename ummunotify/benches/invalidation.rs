@@ -29,7 +29,7 @@ const UNCOUNTED: usize = 500;
 const ROUNDS: usize = 7;
 
 /// What a process measures: the watcher, how many ranges are registered, and whether what is unmapped is one of these.
-const KINDS: [(&str, u64, bool); 10] = [
+const KINDS: [(&str, u64, bool); 16] = [
     ("none", 0, false),
     ("kvm", 1, false),
     ("kvm", 1000, false),
@@ -37,6 +37,12 @@ const KINDS: [(&str, u64, bool); 10] = [
     ("kvm", 1, true),
     ("kvm", 1000, true),
     ("kvm", 1_000_000, true),
+    ("perf", 1, false),
+    ("perf", 1000, false),
+    ("perf", 1_000_000, false),
+    ("perf", 1, true),
+    ("perf", 1000, true),
+    ("perf", 1_000_000, true),
     ("userfaultfd", 1, false),
     ("userfaultfd", 1000, false),
     ("userfaultfd", 1, true),
@@ -55,7 +61,7 @@ fn main() {
     register();
     compare_munmap();
     for (place, reader) in [("same", 0), ("across", 1)].into_iter().take(cpus) {
-        for kind in [WatcherKind::Kvm, WatcherKind::Userfaultfd] {
+        for kind in [WatcherKind::Kvm, WatcherKind::Perf, WatcherKind::Userfaultfd] {
             latency(kind, place, reader);
         }
     }
@@ -64,19 +70,49 @@ fn main() {
 /// The look at the counter that a cache takes before it believes what it has.
 fn check() {
     const TIMES: u64 = 200_000_000;
-    let Some(notifier) = open(WatcherKind::Kvm).or_else(|| open(WatcherKind::Userfaultfd)) else {
-        return;
-    };
+    for kind in [WatcherKind::Kvm, WatcherKind::Perf, WatcherKind::Userfaultfd] {
+        let Some(notifier) = open(kind) else { continue };
+        check_of(&notifier, TIMES);
+        check_after_munmap(&notifier);
+    }
+}
+
+/// The same after an invalidation of something else, of which one watcher hears only now.
+fn check_after_munmap(notifier: &Notifier) {
+    const TIMES: usize = 20_000;
+    map(BASE);
+    notifier
+        .register(AddressRange::new(BASE, BASE + PAGE), Cookie(1))
+        .expect("a range");
+    let valid_at = notifier.counter().load();
+    let mut times = Vec::with_capacity(TIMES);
+    for _ in 0..TIMES {
+        let at = BASE + 2 * PAGE;
+        map(at);
+        unmap(at);
+        let start = Instant::now();
+        let counter = notifier.counter().load();
+        times.push(start.elapsed().as_nanos() as u64);
+        assert_eq!(counter, valid_at);
+    }
+    notifier.unregister(Cookie(1)).expect("that range");
+    unmap(BASE);
+    let p50 = percentile(times, 50);
+    println!("check_after_munmap watcher={} p50_ns={p50}", notifier.watcher());
+}
+
+fn check_of(notifier: &Notifier, times: u64) {
     let (counter, valid_at) = (notifier.counter(), notifier.counter().load());
     let mut valid = 0_u64;
     let start = Instant::now();
-    for _ in 0..TIMES {
+    for _ in 0..times {
         // An atomic load, which is made anew each time.
         valid += u64::from(counter.load() == valid_at);
     }
     let elapsed = start.elapsed();
-    assert_eq!(black_box(valid), TIMES);
-    println!("check ns={:.2}", elapsed.as_nanos() as f64 / TIMES as f64);
+    assert_eq!(black_box(valid), times);
+    let ns = elapsed.as_nanos() as f64 / times as f64;
+    println!("check watcher={} ns={ns:.2}", notifier.watcher());
 }
 
 /// One range more and one less, with many.
@@ -138,7 +174,7 @@ fn munmap_ns(watcher: &str, ranges: u64, hit: bool) -> u64 {
     pin(0);
     let notifier = (watcher != "none").then(|| {
         let notifier = Notifier::open(watcher.parse().expect("a watcher")).expect("the watcher");
-        if watcher == "kvm" {
+        if watcher != "userfaultfd" {
             register_even_pages(&notifier, ranges);
         } else if !hit {
             // This one watches only what is mapped.
@@ -158,7 +194,7 @@ fn munmap_ns(watcher: &str, ranges: u64, hit: bool) -> u64 {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        let number = if hit && watcher == "kvm" {
+        let number = if hit && watcher != "userfaultfd" {
             random % ranges * 2
         } else {
             random % SPREAD * 2 + 1
@@ -180,8 +216,7 @@ fn munmap_ns(watcher: &str, ranges: u64, hit: bool) -> u64 {
         }
         let before = notifier.as_ref().map(|notifier| notifier.counter().load());
         let start = Instant::now();
-        // SAFETY: mapped above, and nobody has a reference to it.
-        unsafe { munmap(at as *mut _, PAGE as usize) }.expect("a mapping");
+        unmap(at);
         let elapsed = start.elapsed();
         if let Some(notifier) = &notifier {
             assert_eq!(
@@ -238,8 +273,7 @@ fn latency(kind: WatcherKind, place: &str, cpu: usize) {
                 .register(AddressRange::new(at, at + PAGE), Cookie(time as u64))
                 .expect("a range");
             let start = Instant::now();
-            // SAFETY: mapped above, and nobody has a reference to it.
-            unsafe { munmap(at as *mut _, PAGE as usize) }.expect("a mapping");
+            unmap(at);
             times.push((heard.recv().expect("the time of the event") - start).as_nanos() as u64);
             notifier.unregister(Cookie(time as u64)).expect("that range");
         }
@@ -253,6 +287,11 @@ fn open(kind: WatcherKind) -> Option<Notifier> {
     Notifier::open(Choice::Only(kind))
         .inspect_err(|error| println!("left out: {error}"))
         .ok()
+}
+
+fn unmap(at: u64) {
+    // SAFETY: a page of `map`, to which nobody has a reference.
+    unsafe { munmap(at as *mut _, PAGE as usize) }.expect("a mapping");
 }
 
 /// A page that is there.

@@ -20,7 +20,7 @@ extern "C" {
 struct ummunotify;
 
 /*
- * Opens one with the watcher named: "kvm", "userfaultfd", or "auto" (also NULL), the best that there is.
+ * Opens one with the watcher named: "kvm", "perf", "userfaultfd", or "auto" (also NULL), the first of these that there is.
  * -EINVAL: there is no watcher of that name. -ENODEV: it is not to be had here; ummunotify_last_error() says why.
  */
 int ummunotify_open(const char *watcher, struct ummunotify **notifier);
@@ -47,10 +47,19 @@ ssize_t ummunotify_read(struct ummunotify *notifier, struct ummunotify_event *ev
 /* For poll, select, epoll: readable while there are events. It is the notifier's, and closed with it. */
 int ummunotify_fd(struct ummunotify *notifier);
 
-/* The counter. It has moved before the call that invalidates a registered range returns. */
+/*
+ * The counter. It has moved before the call that invalidates a registered range returns: as long as it stands still, nothing
+ * registered has been invalidated. Not for handlers of signals.
+ */
+__u64 ummunotify_count(const struct ummunotify *notifier);
+
+/*
+ * The same counter, where it is in memory, to look at it without a call. NULL: it is nowhere; the watcher is "perf", whose
+ * counter is made when ummunotify_count() asks for it.
+ */
 const volatile __u64 *ummunotify_counter(const struct ummunotify *notifier);
 
-/* A descriptor whose first page, mapped MAP_SHARED and PROT_READ by any process, is the counter's. */
+/* A descriptor whose first page, mapped MAP_SHARED and PROT_READ by any process, is the counter's. -ENODEV: as above. */
 int ummunotify_counter_fd(const struct ummunotify *notifier);
 
 #ifdef __cplusplus

@@ -78,6 +78,7 @@ pub unsafe extern "C" fn ummunotify_watcher(notifier: *const Notifier) -> *const
     // SAFETY: by this function's own condition.
     match unsafe { &*notifier }.watcher() {
         WatcherKind::Kvm => c"kvm",
+        WatcherKind::Perf => c"perf",
         WatcherKind::Userfaultfd => c"userfaultfd",
         WatcherKind::Hand => c"hand",
     }
@@ -173,9 +174,19 @@ pub unsafe extern "C" fn ummunotify_fd(notifier: *mut Notifier) -> c_int {
 ///
 /// As for [`ummunotify_watcher`].
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn ummunotify_count(notifier: *const Notifier) -> u64 {
+    // SAFETY: by this function's own condition.
+    unsafe { &*notifier }.counter().load()
+}
+
+/// # Safety
+///
+/// As for [`ummunotify_watcher`].
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn ummunotify_counter(notifier: *const Notifier) -> *const u64 {
     // SAFETY: by this function's own condition.
-    unsafe { &*notifier }.counter().page().as_ptr()
+    let page = unsafe { &*notifier }.counter().page();
+    page.map_or(std::ptr::null(), |page| page.start().as_ptr())
 }
 
 /// # Safety
@@ -184,5 +195,6 @@ pub unsafe extern "C" fn ummunotify_counter(notifier: *const Notifier) -> *const
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ummunotify_counter_fd(notifier: *const Notifier) -> c_int {
     // SAFETY: by this function's own condition.
-    unsafe { &*notifier }.counter().file().as_raw_fd()
+    let page = unsafe { &*notifier }.counter().page();
+    page.map_or(-libc::ENODEV, |page| page.file().as_raw_fd())
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Deref;
 
 use crate::choice::WatcherKind;
-use crate::counter::OwnCounter;
+use crate::counter::{Counter, CounterPage, OwnCounter};
 use crate::notifier::{Forked, Notifier};
 use crate::ranges::AddressRange;
 use crate::watcher::hand::Hand;
@@ -32,6 +32,7 @@ use crate::watcher::hand::Hand;
 pub struct Driven {
     notifier: Notifier,
     counter: OwnCounter,
+    page: CounterPage,
 }
 
 /// An invalidation that is going on. It ends when this is dropped.
@@ -47,10 +48,19 @@ pub struct Invalidation<'a> {
 impl Driven {
     /// One with no range.
     pub fn new() -> io::Result<Self> {
-        let (counter, view) = OwnCounter::new()?;
-        let watcher = Box::new(Hand(view.clone()));
-        let notifier = Notifier::with(WatcherKind::Hand, watcher, view)?;
-        Ok(Self { notifier, counter })
+        let (counter, page) = OwnCounter::new()?;
+        let watcher = Box::new(Hand(page.clone()));
+        let notifier = Notifier::with(WatcherKind::Hand, watcher, Counter::of(page.clone()))?;
+        Ok(Self {
+            notifier,
+            counter,
+            page,
+        })
+    }
+
+    /// The counter, which always has a page.
+    pub fn counter(&self) -> &CounterPage {
+        &self.page
     }
 
     /// What lies behind a range is about to change. When this returns, the events are there and the counter has moved.

@@ -4,6 +4,7 @@
 //! protected), an event of that range is queued and a counter moves. The counter is in a page that the program has mapped:
 //! looking at it takes no system call, and **it has moved before the call that invalidated returns**. So who keeps what was
 //! learnt of a mapping (a registration with a network card, a translation) may use it as long as the counter stands still.
+//! (With one watcher, `perf`, the counter is in no page, and [`Counter::load`] alone is right.)
 //!
 //! The interface is that of the ummunotify v2 patch, R. Dreier and E. Munson 2010, a driver that was never merged. Here there
 //! is no driver: [`Notifier`] has the semantics, and a watcher behind it learns of invalidations by what today's kernels
@@ -12,7 +13,7 @@
 //! ```text
 //! notifier        register, read, poll
 //! queue  ranges   what is pending; which ranges an invalidation hits
-//! watcher         who notices: kvm, userfaultfd, or the program itself (Driven)
+//! watcher         who notices: kvm, perf, userfaultfd, or the program itself (Driven)
 //! counter         the page
 //! ```
 
@@ -33,10 +34,11 @@ mod signals;
 mod watcher;
 
 pub use choice::{Choice, OpenError, UnknownWatcher, WatcherKind};
-pub use counter::{COUNTER_PAGE, Counter};
+pub use counter::{COUNTER_PAGE, Counter, CounterPage};
 pub use driven::{Driven, Invalidation};
 pub use notifier::{ExchangeError, Forked, Notifier, ReadError, RegisterError, UnregisterError};
 pub use queue::Event;
 pub use ranges::{AddressRange, Cookie, Ranges};
 pub use watcher::kvm::KvmError;
+pub use watcher::perf::PerfError;
 pub use watcher::userfaultfd::UserfaultfdError;

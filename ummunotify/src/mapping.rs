@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// A mapping.
 #[derive(Debug)]
@@ -39,6 +39,22 @@ impl Mapping {
         }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?;
         Ok(Self { start, length })
+    }
+
+    /// Memory of this process alone: one made by fork has zeroes in its place.
+    pub(crate) fn wiped_in_a_fork(length: usize) -> io::Result<Self> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: at an address that the kernel chooses, so nothing that is mapped is replaced.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, protection, MapFlags::PRIVATE)
+        }?;
+        let memory = Self {
+            start: NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?,
+            length,
+        };
+        // SAFETY: just mapped, and nobody uses it.
+        unsafe { rustix::mm::madvise(start, length, Advice::LinuxWipeOnFork) }?;
+        Ok(memory)
     }
 
     /// The first byte.

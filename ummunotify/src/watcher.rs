@@ -2,7 +2,9 @@
 
 pub(crate) mod hand;
 pub(crate) mod kvm;
+pub(crate) mod perf;
 pub(crate) mod userfaultfd;
+mod vm;
 
 use std::hint::spin_loop;
 use std::io;

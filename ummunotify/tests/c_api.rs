@@ -44,7 +44,7 @@ fn every_function_works() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    for kind in [WatcherKind::Kvm, WatcherKind::Userfaultfd] {
+    for kind in [WatcherKind::Kvm, WatcherKind::Perf, WatcherKind::Userfaultfd] {
         if common::open(test, kind).is_none() {
             continue;
         }

@@ -140,15 +140,21 @@ fn with_kvm_no_hit_is_stale() {
 }
 
 #[test]
+fn with_perf_no_hit_is_stale() {
+    let test = "cache::with_perf_no_hit_is_stale";
+    no_hit_is_stale(test, WatcherKind::Perf, rounds(20_000));
+}
+
+#[test]
 fn with_userfaultfd_no_hit_is_stale() {
     let test = "cache::with_userfaultfd_no_hit_is_stale";
-    no_hit_is_stale(test, WatcherKind::Userfaultfd, rounds(20_000) / 10);
+    no_hit_is_stale(test, WatcherKind::Userfaultfd, rounds(2000));
 }
 
 /// What the tests above would find.
 #[test]
 fn without_the_check_hits_are_stale() {
-    for kind in [WatcherKind::Kvm, WatcherKind::Userfaultfd] {
+    for kind in [WatcherKind::Kvm, WatcherKind::Perf, WatcherKind::Userfaultfd] {
         let Some(notifier) = open("cache::without_the_check_hits_are_stale", kind) else {
             continue;
         };

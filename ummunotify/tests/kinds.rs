@@ -306,6 +306,18 @@ fn kvm_sees_everything() {
 }
 
 #[test]
+fn perf_sees_everything() {
+    let _alone = alone();
+    let Some(notifier) = open("kinds::perf_sees_everything", WatcherKind::Perf) else {
+        return;
+    };
+    addresses_that_lose_their_pages(&notifier);
+    shared_memory(&notifier, Sees::Yes);
+    pages_that_change(&notifier, Sees::Yes);
+    fork(&notifier, Sees::Yes);
+}
+
+#[test]
 fn userfaultfd_sees_what_addresses_lose() {
     let _alone = alone();
     let Some(notifier) = open(
@@ -343,7 +355,7 @@ fn the_end_of_a_process() {
         let notifier = open(test, WatcherKind::Kvm).unwrap();
         let memory = std::mem::ManuallyDrop::new(Memory::new(4));
         notifier.register(memory.range(), Cookie(1)).unwrap();
-        send(&theirs, notifier.counter().file());
+        send(&theirs, notifier.counter().page().unwrap().file());
         // SAFETY: ends the process.
         unsafe { libc::_exit(0) };
     }

@@ -36,7 +36,7 @@ impl Device {
         }
         let name = std::env::var("UMMUNOTIFY_WATCHER").unwrap_or_else(|_| "auto".to_owned());
         let choice: Choice = name.parse().map_err(|error| complain(&error))?;
-        let notifier = Notifier::open(choice).map_err(|error| complain(&error))?;
+        let notifier = Notifier::open(choice.with_page()).map_err(|error| complain(&error))?;
         Ok(Self {
             notifier,
             flags: AtomicI32::new(flags & libc::O_NONBLOCK),
@@ -156,7 +156,9 @@ impl Device {
             return Err(libc::EINVAL);
         }
         let flags = flags & !libc::MAP_TYPE | libc::MAP_SHARED;
-        Ok((self.notifier.counter().file().as_raw_fd(), flags))
+        // Rather none than one that stands still for a while: the program would believe it.
+        let page = self.notifier.counter().page().ok_or(libc::ENODEV)?;
+        Ok((page.file().as_raw_fd(), flags))
     }
 }
 

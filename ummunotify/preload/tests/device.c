@@ -18,6 +18,7 @@
 #include <sys/select.h>
 #include <sys/time.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <linux/ummunotify.h>
@@ -138,6 +139,11 @@ static void features(void)
 	fd = open_device(0);
 	FAILS(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, (void *)8), EFAULT);
 	FAILS(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, &mask), EINVAL);
+	/* Where it can be read but not written. */
+	fd = open_device(0);
+	void *fixed = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	FAILS(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, fixed), EFAULT);
+	FAILS(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, &mask), EINVAL);
 	fd = open_device(O_NONBLOCK);
 	struct ummunotify_event event;
 	FAILS(read(fd, &event, sizeof event), EAGAIN);
@@ -151,6 +157,8 @@ static void features(void)
 	map_counter(fd);
 	is_readable(fd);
 	FAILS(unregister(fd, 1), EINVAL);
+	/* Nor is a structure that is not there. */
+	FAILS(ioctl(fd, UMMUNOTIFY_REGISTER_REGION, (void *)8), EFAULT);
 	CHECK(ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, &mask) == 0);
 }
 
@@ -167,6 +175,17 @@ static void registering(void)
 	FAILS(ioctl(fd, UMMUNOTIFY_UNREGISTER_REGION, (void *)8), EFAULT);
 	FAILS(unregister(fd, 77), EINVAL);
 	FAILS(ioctl(fd, _IO('U', 9), 0), ENOTTY);
+	/* A structure of another size is another request. */
+	FAILS(ioctl(fd, _IOW('U', 2, __u64), start), ENOTTY);
+	/* What is reserved is not looked at. */
+	struct ummunotify_register_ioctl range = {
+		.start = (uintptr_t)start,
+		.end = (uintptr_t)start + PAGE,
+		.user_cookie = 4,
+		.flags = ~0u,
+		.reserved = ~0u,
+	};
+	CHECK(ioctl(fd, UMMUNOTIFY_REGISTER_REGION, &range) == 0);
 	CHECK(unregister(fd, 1) == 0);
 	FAILS(unregister(fd, 1), EINVAL);
 	CHECK(register_range(fd, start, PAGE, 1) == 0);
@@ -181,11 +200,13 @@ static void mapping(void)
 	CHECK(mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED && errno == EACCES);
 	const volatile __u64 *counter = map_counter(fd), *again = map_counter(fd);
 	CHECK(*counter == 0 && *again == 0);
+	const volatile __u64 *private = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, fd, 0);
+	CHECK(private != MAP_FAILED && *private == 0);
 	CHECK(mprotect((void *)counter, PAGE, PROT_READ | PROT_WRITE) == -1);
 	char *start = map_pages();
 	CHECK(register_range(fd, start, PAGES * PAGE, 1) == 0);
 	munmap(start, PAGE);
-	CHECK(*counter == 1 && *again == 1);
+	CHECK(*counter == 1 && *again == 1 && *private == 1);
 	madvise(start + PAGE, PAGE, MADV_DONTNEED);
 	CHECK(*counter == 2 && *again == 2);
 }
@@ -253,6 +274,62 @@ static void bad_buffers(void)
 	/* Not known to the compiler, which would not believe it. */
 	void *volatile nowhere = (void *)8;
 	FAILS(read(fd, nowhere, sizeof(struct ummunotify_event)), EFAULT);
+	/* The event is lost by that. */
+	expect_last(fd, 1);
+	CHECK(!is_readable(fd));
+	/* There is nothing for which there is room, but something to read. */
+	struct ummunotify_event event;
+	start = map_pages();
+	CHECK(register_range(fd, start, PAGE, 2) == 0);
+	munmap(start, PAGE);
+	CHECK(read(fd, &event, sizeof event - 1) == 0 && read(fd, &event, 0) == 0);
+	CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
+	expect_invalid(fd, 2, UMMUNOTIFY_EVENT_FLAG_HINT, start, PAGE);
+	expect_last(fd, 2);
+	FAILS(read(fd, &event, 0), EAGAIN);
+}
+
+/* However much room there is, a read gives no more than a page of events. */
+static void many(void)
+{
+	enum { RANGES = 200, MOST = 4096 / sizeof(struct ummunotify_event) };
+	int fd = open_device(0);
+	char *start = map_pages();
+	for (int cookie = 0; cookie < RANGES; cookie++)
+		CHECK(register_range(fd, start, PAGE, cookie) == 0);
+	madvise(start, PAGE, MADV_DONTNEED);
+	struct ummunotify_event all[2 * RANGES];
+	CHECK(read(fd, all, sizeof all) == MOST * sizeof *all);
+	CHECK(read(fd, all + MOST, sizeof all / 2) == (RANGES - MOST + 1) * sizeof *all);
+	char seen[RANGES] = { 0 };
+	for (int i = 0; i < RANGES; i++) {
+		CHECK(all[i].type == UMMUNOTIFY_EVENT_TYPE_INVAL && all[i].user_cookie_counter < RANGES);
+		CHECK(!seen[all[i].user_cookie_counter]++);
+	}
+	CHECK(all[RANGES].type == UMMUNOTIFY_EVENT_TYPE_LAST && all[RANGES].user_cookie_counter == 1);
+}
+
+/* A device is its process'; a child made by fork does not have it, nor does it take it away from the parent. */
+static void forked(void)
+{
+	int fd = open_device(0);
+	char *start = map_pages();
+	pid_t child = fork();
+	CHECK(child >= 0);
+	if (child == 0) {
+		struct ummunotify_event event;
+		FAILS(register_range(fd, start, PAGE, 1), ENODEV);
+		FAILS(unregister(fd, 1), ENODEV);
+		FAILS(read(fd, &event, sizeof event), ENODEV);
+		CHECK(close(fd) == 0);
+		_exit(0);
+	}
+	int status;
+	CHECK(waitpid(child, &status, 0) == child && status == 0);
+	CHECK(register_range(fd, start, PAGE, 1) == 0);
+	munmap(start, PAGE);
+	expect_invalid(fd, 1, UMMUNOTIFY_EVENT_FLAG_HINT, start, PAGE);
+	expect_last(fd, 1);
 }
 
 static char *waited_for;
@@ -358,7 +435,9 @@ static void signals(void)
 	char *start = map_pages();
 	CHECK(register_range(fd, start, PAGE, 1) == 0);
 	drop(start);
-	CHECK(sigwaitinfo(&set, NULL) == SIGUSR1);
+	/* After one of the other that was on its way: there is one too when an event is left to be read. */
+	int signal = sigwaitinfo(&set, NULL);
+	CHECK((signal == SIGIO ? sigwaitinfo(&set, NULL) : signal) == SIGUSR1);
 	int off = 0;
 	CHECK(ioctl(fd, FIOASYNC, &off) == 0 && !(fcntl(fd, F_GETFL) & O_ASYNC));
 	CHECK(close(fd) == 0);
@@ -394,6 +473,7 @@ static const struct {
 	{ "mapping", mapping },         { "events", events },     { "bad-buffers", bad_buffers },
 	{ "waiting", waiting },         { "interrupted", interrupted },
 	{ "signals", signals },         { "duplicates", duplicates },
+	{ "many", many },               { "forked", forked },
 };
 
 int main(int argc, char **argv)

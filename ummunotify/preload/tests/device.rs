@@ -7,6 +7,8 @@ use std::process::{Command, Output};
 
 use ummunotify::{Choice, Notifier, WatcherKind};
 
+const ENODEV: i32 = 19;
+
 /// The library, beside this program or a directory above: cargo puts it into either.
 fn library() -> PathBuf {
     let program = std::env::current_exe().unwrap();
@@ -70,6 +72,9 @@ fn run(program: &Path, watcher: &str, arguments: &[&str]) -> Output {
         .unwrap()
 }
 
+/// Parts of the program.
+const PARTS: usize = 12;
+
 fn every_part_works(test: &str, kind: WatcherKind) {
     if let Err(error) = Notifier::open(Choice::Only(kind)) {
         println!("skipped: {test}: {error}");
@@ -83,7 +88,7 @@ fn every_part_works(test: &str, kind: WatcherKind) {
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{:?}", output.status);
-    assert_eq!(text.matches(": ok").count(), 10);
+    assert_eq!(text.matches(": ok").count(), PARTS);
 }
 
 #[test]
@@ -97,6 +102,31 @@ fn every_part_works_with_userfaultfd() {
         "device::every_part_works_with_userfaultfd",
         WatcherKind::Userfaultfd,
     );
+}
+
+/// There is no page to map, and the program is told so; everything else works.
+#[test]
+fn every_part_works_with_perf_but_the_page() {
+    let test = "device::every_part_works_with_perf_but_the_page";
+    if let Err(error) = Notifier::open(Choice::Only(WatcherKind::Perf)) {
+        println!("skipped: {test}: {error}");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let Some(program) = compile(test, directory.path()) else {
+        return;
+    };
+    let parts = "registering bad-buffers waiting interrupted signals duplicates many forked";
+    for part in parts.split(' ') {
+        let output = run(&program, "perf", &[part]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{part}: {text}");
+    }
+    let output = run(&program, "perf", &["events"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr);
+    let no_device = format!("counter != MAP_FAILED: errno {ENODEV}");
+    assert!(text.contains(&no_device), "{text}");
 }
 
 #[test]

@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::{Noticed, Watcher};
-use crate::counter::Counter;
+use crate::counter::CounterPage;
 use crate::ranges::{AddressRange, Ranges};
 
-/// Only a view of the counter.
+/// Only a view of the counter's page.
 #[derive(Debug)]
-pub(crate) struct Hand(pub(crate) Counter);
+pub(crate) struct Hand(pub(crate) CounterPage);
 
 impl Watcher for Hand {
     fn watch(&mut self, _: AddressRange) -> io::Result<()> {

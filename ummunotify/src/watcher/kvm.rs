@@ -11,7 +11,6 @@ mod nodes;
 mod program;
 mod ring;
 mod sys;
-mod vm;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -23,8 +22,8 @@ use self::nodes::Nodes;
 use self::program::{Maps, Published};
 use self::ring::Ring;
 use self::sys::{MAPPABLE, Map, MapKind};
-use super::{Noticed, Watcher};
-use crate::counter::Counter;
+use super::{Noticed, Watcher, vm};
+use crate::counter::{Counter, CounterPage};
 use crate::ranges::{AddressRange, Ranges};
 
 /// Why KVM's notifier cannot be heard.
@@ -52,7 +51,7 @@ pub enum KvmError {
 pub(crate) struct Kvm {
     filter: Filter<Nodes>,
     ring: Ring,
-    counter: Counter,
+    counter: CounterPage,
     /// How many invalidations the ring had no room for when it was last drained.
     lost: u64,
     /// What keeps the program at the tracepoint; then what keeps the tracepoint being hit.
@@ -88,7 +87,7 @@ impl Kvm {
             _ => KvmError::Load(error),
         })?;
         let attached = sys::attach(program.as_fd(), c"kvm_unmap_hva_range").map_err(KvmError::Attach)?;
-        let counter = Counter::map(published).map_err(KvmError::Maps)?;
+        let counter = CounterPage::map(published).map_err(KvmError::Maps)?;
         let watcher = Self {
             filter: Filter::new(nodes),
             ring,
@@ -99,7 +98,7 @@ impl Kvm {
             program,
             _vm: vm,
         };
-        Ok((watcher, counter))
+        Ok((watcher, Counter::of(counter)))
     }
 }
 

@@ -18,7 +18,7 @@ use rustix::process::{Pid, getpid};
 use self::monitor::{Monitor, Noted};
 use self::sys::{Features, Userfaultfd};
 use super::{Noticed, Watcher};
-use crate::counter::{Counter, OwnCounter};
+use crate::counter::{Counter, CounterPage, OwnCounter};
 use crate::ranges::{AddressRange, Ranges};
 
 const PAGE: u64 = 4096;
@@ -41,7 +41,7 @@ pub enum UserfaultfdError {
 #[derive(Debug)]
 pub(crate) struct UserfaultfdWatcher {
     uffd: Arc<Userfaultfd>,
-    counter: Counter,
+    counter: CounterPage,
     noted: Arc<Noted>,
     /// How many events had been lost when it was last drained.
     lost: u64,
@@ -92,7 +92,7 @@ impl UserfaultfdWatcher {
             thread: Some(thread),
             owner: getpid(),
         };
-        Ok((watcher, counter))
+        Ok((watcher, Counter::of(counter)))
     }
 }
 

@@ -5,6 +5,7 @@
 #[path = "../../src/random.rs"]
 pub(crate) mod random;
 
+use std::sync::LazyLock;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -38,8 +39,13 @@ pub(crate) struct Memory {
     pub(crate) pages: u64,
 }
 
-/// Far below what the kernel chooses.
-static NEXT: AtomicU64 = AtomicU64::new(0x3000_0000_0000);
+/// Far below what the kernel chooses, and not where another test that runs at the same time has its memory: what that one does
+/// there would be noticed here.
+static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| {
+    /// How much a test uses up at most.
+    const EACH: u64 = 1 << 36;
+    AtomicU64::new(0x2000_0000_0000 + (1 + u64::from(std::process::id()) % 1023) * EACH)
+});
 
 impl Memory {
     pub(crate) fn new(pages: u64) -> Self {

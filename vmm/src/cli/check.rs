@@ -189,6 +189,11 @@ fn check_watchers(items: &mut Vec<Item>) {
             "Linux 5.10, /dev/kvm, and CAP_BPF with CAP_PERFMON (or root)",
         ),
         (
+            "ummunotify: perf",
+            WatcherKind::Perf,
+            "/dev/kvm, CAP_PERFMON (or root, or kernel.perf_event_paranoid=-1), and tracefs on /sys/kernel/tracing",
+        ),
+        (
             "ummunotify: userfaultfd",
             WatcherKind::Userfaultfd,
             "Linux 5.7 with CONFIG_USERFAULTFD=y",

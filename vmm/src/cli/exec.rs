@@ -20,7 +20,7 @@ const PLACES: [&str; 3] = [".", "../lib", "deps"];
 /// What `umem exec` takes.
 #[derive(Debug, Args)]
 pub(super) struct ExecOptions {
-    /// Who notices invalidations: auto, kvm, userfaultfd
+    /// Who notices invalidations: auto, kvm, perf, userfaultfd
     #[arg(long, value_name = "WATCHER", default_value = "auto")]
     watcher: String,
     /// The program, and its arguments
@@ -38,7 +38,8 @@ pub(super) fn run(options: &ExecOptions) -> Result<(), CommandError> {
     let choice = options
         .watcher
         .parse::<Choice>()
-        .map_err(|error| CommandError::Usage(format!("--watcher: {error}")))?;
+        .map_err(|error| CommandError::Usage(format!("--watcher: {error}")))?
+        .with_page();
     // The program would only hear that there is no device.
     Notifier::open(choice).map_err(|error| CommandError::HostLacks(chain(&error)))?;
     let library = library()?;

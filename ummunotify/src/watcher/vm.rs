@@ -10,7 +10,7 @@ use rustix::process::{Pid, getpid};
 /// `_IO(KVMIO, 0x01)`.
 const KVM_CREATE_VM: libc::Ioctl = 0xae01;
 
-/// This process' VM, if a notifier is open. With several, each invalidation would be noticed several times.
+/// This process' VM, if a notifier that uses it is open. With several, each invalidation would be noticed several times.
 static VM: Mutex<Option<(Pid, Weak<OwnedFd>)>> = Mutex::new(None);
 
 /// The VM of this process.
