@@ -358,7 +358,7 @@ fn run_to_the_end(
     clock.lap("devices");
 
     let vm = Arc::new(vm);
-    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
+    let (model, all) = make_vcpus(config, &host, &vm)?;
     let restore = config
         .saved_state()
         .map(|saved| Restore::new(saved, &host, &vm, &bus))
@@ -370,8 +370,7 @@ fn run_to_the_end(
         move || control.started()
     };
     let stopper = event_loop.stopper();
-    let (vcpus, threads, not_started) =
-        Vcpus::start(vcpus, &bus, stopper, restore, places, on_first_instruction);
+    let vcpus = Vcpus::new(&all, &bus, stopper, restore, places, on_first_instruction);
     let parts = Arc::new(Parts {
         vcpus: Arc::clone(&vcpus),
         ram: config.ram,
@@ -385,7 +384,9 @@ fn run_to_the_end(
         memory,
         tracking: Mutex::new(tracking),
     });
+    // Before a vCPU runs: who hears that it does may ask for anything.
     control.attach(&parts);
+    let (threads, not_started) = vcpus.start(all);
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
     let counters = match not_started {
         None => count_async_page_faults(config, &threads),

@@ -152,22 +152,21 @@ impl Threads {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU, which ends the VM through `stopper`. If not all could be started, there is an error and
-    /// the VM is told to stop.
-    pub(crate) fn start(
-        vcpus: Vec<Vcpu>,
+    /// What is shared by the threads of `vcpus`, which are still to be [started](Self::start). They end the VM through `stopper`.
+    pub(crate) fn new(
+        vcpus: &[Vcpu],
         bus: &Arc<DeviceBus>,
         stopper: Stopper,
         restore: Option<Restore>,
         places: Places,
         on_first_instruction: impl Fn() + Send + Sync + 'static,
-    ) -> (Arc<Self>, Threads, Option<io::Error>) {
+    ) -> Arc<Self> {
         let gate = Gate {
             wanted: Wanted::Run,
             places: vcpus.iter().map(|_| Place::default()).collect(),
             unrestored: if restore.is_some() { vcpus.len() } else { 0 },
         };
-        let shared = Arc::new(Self {
+        Arc::new(Self {
             gate: Mutex::new(gate),
             changed: Condvar::new(),
             attention: AtomicBool::new(false),
@@ -180,12 +179,16 @@ impl Vcpus {
             restore,
             restore_error: Mutex::new(None),
             on_first_instruction: Box::new(on_first_instruction),
-        });
+        })
+    }
+
+    /// Starts a thread for each vCPU. If not all could be started, there is an error and the VM is told to stop.
+    pub(crate) fn start(self: &Arc<Self>, vcpus: Vec<Vcpu>) -> (Threads, Option<io::Error>) {
         let (alive, all_ended) = mpsc::channel();
         let (id, ids) = mpsc::channel();
         let threads = Threads { all_ended, ids };
         for mut vcpu in vcpus {
-            let (vcpus, alive, id) = (Arc::clone(&shared), alive.clone(), id.clone());
+            let (vcpus, alive, id) = (Arc::clone(self), alive.clone(), id.clone());
             let thread = thread::Builder::new()
                 .name(format!("vcpu-{}", vcpu.index()))
                 .spawn(move || {
@@ -196,11 +199,11 @@ impl Vcpus {
                     drop(alive);
                 });
             if let Err(error) = thread {
-                shared.stopper.end(Ending::Stopped);
-                return (shared, threads, Some(error));
+                self.stopper.end(Ending::Stopped);
+                return (threads, Some(error));
             }
         }
-        (shared, threads, None)
+        (threads, None)
     }
 
     /// A thread's work, until the VM ends.
