@@ -23,7 +23,7 @@ use umem::units::{PageIndex, PageRange};
 use vmm::control::VmState;
 use vmm::machine::MachineConfig;
 use vmm::ram_source::RamSource;
-use vmm::snapshot::{FILE_NAME, SnapshotError, SnapshotOptions};
+use vmm::snapshot::{BaseError, FILE_NAME, SnapshotError, SnapshotOptions};
 
 #[test]
 fn a_full_disk_is_told_and_leaves_nothing_and_the_vm_goes_on() {
@@ -359,6 +359,14 @@ fn a_process_that_is_killed_at_the_last_moment_leaves_both_whole() {
     assert_ne!(digest(&left), first);
 
     let vm = Machine::running(from_file(&scratch.path("image")));
+    // Not while somebody wants to lay something over it.
+    match vm.snapshot_over(&directory, &directory.join(&left)) {
+        Err(SnapshotError::Base { source, .. }) => {
+            assert!(matches!(*source, BaseError::Replaced(_)), "{source}")
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(names_in(&directory), [FILE_NAME, &left]);
     let options = SnapshotOptions::new(&directory);
     let mut seen = None;
     let mut note = |_| {

@@ -96,8 +96,8 @@ impl UnnamedFile {
     }
 }
 
-/// The name of a file that is about to be `target`.
-fn second_name(target: &Path) -> PathBuf {
+/// The name of a file that is whole and about to take the place of `target` ([`UnnamedFile::replace_durably`]).
+pub fn second_name(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
     name.push(".new");
     name.into()

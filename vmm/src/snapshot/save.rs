@@ -203,12 +203,12 @@ impl<'a> Draft<'a> {
             source,
         })?;
         let path = directory.path.join(FILE_NAME);
+        let base = base.map(|base| Base::open(base, &path, memory.region.pages()));
+        let base = base.transpose()?;
         UnnamedFile::remove_left_behind(&path).map_err(|source| WriteError::Write {
             path: path.clone(),
             source,
         })?;
-        let base = base.map(|base| Base::open(base, &path, memory.region.pages()));
-        let base = base.transpose()?;
         let writer = match &base {
             None => ImageWriter::create(&path, memory.region.size())?,
             Some(base) => ImageWriter::create_layer(&path, base.image())?,
