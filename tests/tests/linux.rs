@@ -5,11 +5,13 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::process::Signal;
+use tests::api::Api;
 use tests::linux::{initramfs, kernel};
 use tests::need;
-use tests::program::Program;
+use tests::program::{Program, Running};
 use tests::random::Random;
 use tests::scratch::Scratch;
 use tests::served::{served, socket};
@@ -193,6 +195,152 @@ fn an_elf_kernel_boots_by_pvh() {
         vm.line("command_line="),
         format!("command_line=panic=-1 {COMMAND_LINE}")
     );
+}
+
+/// What the guest of the next test says over and over: which time it is the how-many-th, what its clocks say, and the checksum
+/// of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tick {
+    number: u64,
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    monotonic: u64,
+    /// `CLOCK_BOOTTIME`, in hundredths of a second.
+    boottime: u64,
+    /// The wall clock, in seconds since 1970.
+    wall: u64,
+}
+
+/// The ticks of which the whole line is there.
+fn ticks(stdout: &str, sum: &str) -> Vec<Tick> {
+    let whole = &stdout[..stdout.rfind('\n').map_or(0, |end| end + 1)];
+    // The first of a restored guest may be the end of a line that began before.
+    let lines = whole.lines().filter_map(|line| line.strip_prefix("tick="));
+    let tick = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [number, monotonic, boottime, wall, found] = words[..] else {
+            panic!("a tick is '{line}'\n{stdout}");
+        };
+        assert_eq!(found, sum, "the checksum is wrong: {line}");
+        Tick {
+            number: number.parse().unwrap(),
+            monotonic: monotonic.parse().unwrap(),
+            boottime: boottime.replace('.', "").parse().unwrap(),
+            wall: wall.parse().unwrap(),
+        }
+    };
+    lines.map(tick).collect()
+}
+
+/// Checks that nothing was left out and that no clock went back.
+#[track_caller]
+fn assert_in_order(ticks: &[Tick]) {
+    for two in ticks.windows(2) {
+        let (one, next) = (two[0], two[1]);
+        assert_eq!(next.number, one.number + 1, "{ticks:#?}");
+        assert_not_before(one, next);
+    }
+}
+
+#[track_caller]
+fn assert_not_before(one: Tick, next: Tick) {
+    assert!(next.monotonic > one.monotonic, "{one:?} {next:?}");
+    assert!(next.boottime >= one.boottime, "{one:?} {next:?}");
+    assert!(next.wall >= one.wall, "{one:?} {next:?}");
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// A guest that computes is snapshotted at moments that nobody chose; it goes on where it was, here and where it is restored,
+/// and all of its clocks say what time it is.
+#[test]
+fn a_snapshot_keeps_what_it_computes_and_its_clocks_right() {
+    need!(kernel());
+    let mut random = Random::seeded();
+    let content: Vec<u8> = (0..MIB / 8).flat_map(|_| random.number().to_le_bytes()).collect();
+    let linux = Linux::new(
+        r#"
+        number=0
+        while true; do
+            number=$((number + 1))
+            sum=$(sha256sum </content)
+            monotonic=$(sed -n 's/^now at \([0-9]*\) nsecs$/\1/p; 4q' /proc/timer_list)
+            read boottime idle </proc/uptime
+            echo tick=$number $monotonic $boottime $(date +%s) ${sum%% *}
+        done"#,
+        &[("content", &content)],
+    );
+    let file = linux.scratch.file("content", &content);
+    let sum = Program::new("/bin/busybox")
+        .arg("sha256sum")
+        .arg(file)
+        .run()
+        .stdout[..64]
+        .to_owned();
+    let image = linux.image("256M", COMMAND_LINE);
+    let wait_for_ticks = |vm: &Running, count| {
+        vm.wait_until("the guest computes", |vm| {
+            ticks(&vm.stdout(), &sum).len() >= count
+        });
+    };
+
+    let (vm, api) = Api::start(Vm::from_image(&image).cpus(2).patience(PATIENCE));
+    wait_for_ticks(&vm, 2);
+    let snapshot = |name: &str, then: &str| {
+        let directory = linux.scratch.path(name);
+        let made = api.ctl(&[
+            "snapshot",
+            &format!("destination_url=file:{},then={then}", directory.display()),
+        ]);
+        made.assert_code(0);
+        directory
+    };
+    for turn in 0..3 {
+        // Anywhere in a tick, which takes as long as it takes.
+        vm.wait_for_exit(random.moment(Duration::from_secs(1)));
+        snapshot(&format!("running {turn}"), "go-on");
+        wait_for_ticks(&vm, ticks(&vm.stdout(), &sum).len() + 2);
+    }
+    let directory = snapshot("last", "stop");
+    let vm = vm.finish();
+    assert_ended(&vm, "stopped", 0);
+    let before = ticks(&vm.stdout, &sum);
+    assert_in_order(&before);
+
+    let mut last = *before.last().unwrap();
+    for turn in 0..2 {
+        let restored = Program::umem(["run", "--snapshot"])
+            .arg(&directory)
+            .patience(PATIENCE)
+            .start();
+        wait_for_ticks(&restored, 2);
+        let seen = ticks(&restored.stdout(), &sum);
+        // The wall clock was right when the guest booted, and nothing has set it since.
+        let off = seen.last().unwrap().wall.abs_diff(now());
+        assert!(off <= 5, "the wall clock is wrong by {off} s: {seen:#?}");
+        wait_for_ticks(&restored, 4);
+        restored.signal(Signal::TERM);
+        let restored = restored.finish();
+        restored.assert_code(0);
+        let after = ticks(&restored.stdout, &sum);
+        println!("restored the {turn}. time: {last:?}, then {after:?}");
+        assert_in_order(&after);
+        // Whichever was being said when the snapshot was made, it is the next or the one after that.
+        let gap = after[0].number - before.last().unwrap().number;
+        assert!((1..=2).contains(&gap), "{before:#?} {after:#?}");
+        // The second time too: the clocks have gone on while the first one ran.
+        assert_not_before(last, after[0]);
+        // Nobody was suspended, so these two are the same clock; and time went by for all clocks alike.
+        for tick in &after {
+            let (monotonic, boottime) = (tick.monotonic / 10_000_000, tick.boottime);
+            assert!(monotonic.abs_diff(boottime) < 500, "{tick:?}");
+            let by_wall = tick.wall - before[0].wall;
+            let by_monotonic = (tick.monotonic - before[0].monotonic) / 1_000_000_000;
+            assert!(by_wall.abs_diff(by_monotonic) <= 3, "{:?} {tick:?}", before[0]);
+        }
+        last = *after.last().unwrap();
+    }
 }
 
 /// The payload of a bzImage (`Documentation/arch/x86/boot.rst`) in the format of `lz4 -l`, which Debian's kernels have: a magic
