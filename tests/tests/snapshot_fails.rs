@@ -212,7 +212,7 @@ fn makes_one_snapshot_after_another() {
 }
 
 fn hex(digest: &[u8; 32]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    blake3::Hash::from_bytes(*digest).to_string()
 }
 
 /// From now on a `rename` by this thread is the end of the process, as sudden as SIGKILL.
@@ -362,7 +362,7 @@ fn a_process_that_is_killed_at_the_last_moment_leaves_both_whole() {
     // Not while somebody wants to lay something over it.
     match vm.snapshot_over(&directory, &directory.join(&left)) {
         Err(SnapshotError::Base { source, .. }) => {
-            assert!(matches!(*source, BaseError::Replaced(_)), "{source}")
+            assert!(matches!(*source, BaseError::Replaced(_)), "{source}");
         }
         other => panic!("{other:?}"),
     }
