@@ -260,7 +260,7 @@ fn a_snapshot_keeps_what_it_computes_and_its_clocks_right() {
     let mut random = Random::seeded();
     let content: Vec<u8> = (0..MIB / 8).flat_map(|_| random.number().to_le_bytes()).collect();
     let linux = Linux::new(
-        r#"
+        r"
         number=0
         while true; do
             number=$((number + 1))
@@ -268,7 +268,7 @@ fn a_snapshot_keeps_what_it_computes_and_its_clocks_right() {
             monotonic=$(sed -n 's/^now at \([0-9]*\) nsecs$/\1/p; 4q' /proc/timer_list)
             read boottime idle </proc/uptime
             echo tick=$number $monotonic $boottime $(date +%s) ${sum%% *}
-        done"#,
+        done",
         &[("content", &content)],
     );
     let file = linux.scratch.file("content", &content);
