@@ -121,7 +121,8 @@ impl Shared {
     }
 
     pub(super) fn stripe_of(&self, page: PageIndex) -> &Stripe {
-        &self.stripes[(page.0 / self.stripes[0].pages.count) as usize]
+        let first = self.stripes[0].pages;
+        &self.stripes[((page.0 - first.start.0) / first.count) as usize]
     }
 
     /// Pages that were claimed are not going to be fetched after all: who waits for them looks again.
