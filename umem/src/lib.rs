@@ -11,9 +11,12 @@
 //!   -> states    InFlight to Present
 //! ```
 
+pub mod abi;
+pub mod capi;
 pub mod causes;
 pub mod channel;
 mod checksums;
+pub mod device;
 pub mod handoff;
 pub mod image;
 mod image_footer;

@@ -4,15 +4,13 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::JoinHandle;
 
 use linux_raw_sys::general as sys;
 use linux_raw_sys::ioctl::UFFDIO_COPY;
 use umem::region::{Backing, PageSize, Region};
 use umem::uffd::Userfaultfd;
-use umem::units::{PAGE_SIZE, PageIndex, PageRange};
+use umem::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
 
 #[repr(align(4096))]
 struct Content([u8; PAGE_SIZE]);
@@ -22,8 +20,6 @@ static CONTENT: Content = Content([0x5a; PAGE_SIZE]);
 /// A region whose faults the loop answers. Dropping it ends the loop.
 pub(crate) struct Floor {
     region: Region,
-    /// The next fault that is answered is the last one.
-    stopping: Arc<AtomicBool>,
     handler: Option<JoinHandle<()>>,
 }
 
@@ -39,14 +35,10 @@ impl Floor {
         let uffd = Userfaultfd::open(features).expect("a userfaultfd for the floor");
         uffd.register(region.all_addresses(), mode)
             .expect("registration of the floor's memory");
-        let stopping = Arc::new(AtomicBool::new(false));
-        let handler = {
-            let stopping = Arc::clone(&stopping);
-            std::thread::spawn(move || serve(&uffd, &stopping))
-        };
+        let last = last_page(&region);
+        let handler = std::thread::spawn(move || serve(&uffd, last));
         Self {
             region,
-            stopping,
             handler: Some(handler),
         }
     }
@@ -58,9 +50,7 @@ impl Floor {
 
 impl Drop for Floor {
     fn drop(&mut self) {
-        self.stopping.store(true, SeqCst);
-        let last = PageRange::single(PageIndex(self.region.pages() - 1));
-        let address = self.region.addresses(last).start.0 as *const u8;
+        let address = last_page(&self.region).0 as *const u8;
         // SAFETY: within the region.
         unsafe { address.read_volatile() };
         if let Some(handler) = self.handler.take() {
@@ -69,9 +59,17 @@ impl Drop for Floor {
     }
 }
 
-fn serve(uffd: &Userfaultfd, stopping: &AtomicBool) {
+/// Where the page is whose fault ends the loop.
+pub(crate) fn last_page(region: &Region) -> HostAddress {
+    region
+        .addresses(PageRange::single(PageIndex(region.pages() - 1)))
+        .start
+}
+
+/// Answers faults up to that on the page at `last`.
+pub(crate) fn serve(uffd: &Userfaultfd, last: HostAddress) {
     let fd = uffd.as_fd().as_raw_fd();
-    while !stopping.load(SeqCst) {
+    loop {
         let mut ready = libc::pollfd {
             fd,
             events: libc::POLLIN,
@@ -97,5 +95,8 @@ fn serve(uffd: &Userfaultfd, stopping: &AtomicBool) {
         // SAFETY: UFFDIO_COPY takes this structure and writes only a page that did not exist.
         let result = unsafe { libc::ioctl(fd, UFFDIO_COPY.into(), &raw mut copy) };
         assert_eq!(result, 0, "UFFDIO_COPY: {}", io::Error::last_os_error());
+        if copy.dst == last.0 {
+            return;
+        }
     }
 }
