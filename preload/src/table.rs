@@ -1,4 +1,4 @@
-//! Which descriptors are the device's.
+//! Which descriptors are a device's.
 
 use std::collections::HashMap;
 use std::ffi::c_int;
@@ -14,14 +14,14 @@ const DESCRIPTORS: usize = 1 << 16;
 /// So that for all other descriptors it takes one look.
 static IS_DEVICE: [AtomicBool; DESCRIPTORS] = [const { AtomicBool::new(false) }; DESCRIPTORS];
 
-static DEVICES: LazyLock<RwLock<HashMap<c_int, Arc<Device>>>> = LazyLock::new(RwLock::default);
+static DEVICES: LazyLock<RwLock<HashMap<c_int, Arc<dyn Device>>>> = LazyLock::new(RwLock::default);
 
 fn flag(fd: c_int) -> Option<&'static AtomicBool> {
     IS_DEVICE.get(usize::try_from(fd).ok()?)
 }
 
 /// The device behind a descriptor, if it is one.
-pub(crate) fn get(fd: c_int) -> Option<Arc<Device>> {
+pub(crate) fn get(fd: c_int) -> Option<Arc<dyn Device>> {
     if !flag(fd)?.load(Acquire) {
         return None;
     }
@@ -30,7 +30,7 @@ pub(crate) fn get(fd: c_int) -> Option<Arc<Device>> {
 }
 
 /// A descriptor is one for a device, or (`None`) no longer. `false`: its number is too high.
-pub(crate) fn set(fd: c_int, device: Option<Arc<Device>>) -> bool {
+pub(crate) fn set(fd: c_int, device: Option<Arc<dyn Device>>) -> bool {
     let Some(flag) = flag(fd) else {
         return device.is_none();
     };

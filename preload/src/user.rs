@@ -4,17 +4,23 @@ use std::ffi::{c_int, c_void};
 
 /// Copies a value from an address. `Err`: there is none.
 pub(crate) fn copy_from<T: Copy + Default>(address: *const c_void) -> Result<T, c_int> {
-    let mut value = T::default();
-    let local = span((&raw mut value).cast(), size_of::<T>());
-    let remote = span(address.cast_mut(), size_of::<T>());
-    // SAFETY: writes to `value`, which may have any bits (the interface's structures are of numbers).
+    let mut value = [T::default()];
+    copy_all_from(address, &mut value)?;
+    Ok(value[0])
+}
+
+/// Copies values from an address. `Err`: there are not as many.
+pub(crate) fn copy_all_from<T: Copy>(address: *const c_void, values: &mut [T]) -> Result<(), c_int> {
+    let length = size_of_val(values);
+    let local = span(values.as_mut_ptr().cast(), length);
+    let remote = span(address.cast_mut(), length);
+    // SAFETY: writes to `values`, which may have any bits (the interfaces' structures are of numbers).
     let copied =
         unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
-    answer(copied, size_of::<T>(), || {
+    answer(copied, length, || {
         // SAFETY: where the call is forbidden, the program's address is believed.
-        value = unsafe { address.cast::<T>().read_unaligned() };
-    })?;
-    Ok(value)
+        unsafe { std::ptr::copy_nonoverlapping(address.cast::<u8>(), values.as_mut_ptr().cast(), length) };
+    })
 }
 
 /// Copies values to an address. `Err`: there is no room for them.

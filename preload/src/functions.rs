@@ -6,13 +6,10 @@
 #![allow(clippy::missing_safety_doc)] // the C library's manual pages say what their callers see to
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
-use std::sync::Arc;
 
-use crate::device::{Device, Errno};
+use crate::device::{self, Device, Errno, MapRequest, Mapped};
 use crate::next::next;
 use crate::table;
-
-const PATH: &CStr = c"/dev/ummunotify";
 
 type Open = unsafe extern "C" fn(*const c_char, c_int, c_uint) -> c_int;
 type OpenAt = unsafe extern "C" fn(c_int, *const c_char, c_int, c_uint) -> c_int;
@@ -30,17 +27,18 @@ fn answer<T: From<i8>>(result: Result<T, Errno>) -> T {
     })
 }
 
+/// Opens a device, if it is one.
+///
 /// # Safety
 ///
-/// `path` is a string.
-unsafe fn is_device(path: *const c_char) -> bool {
+/// `path` is null or a string.
+unsafe fn open_device(path: *const c_char, flags: c_int) -> Option<c_int> {
+    if path.is_null() {
+        return None;
+    }
     // SAFETY: by this function's own condition.
-    !path.is_null() && unsafe { CStr::from_ptr(path) } == PATH
-}
-
-fn open_device(flags: c_int) -> c_int {
-    answer(Device::open(flags).and_then(|device| {
-        let device = Arc::new(device);
+    let device = device::open(unsafe { CStr::from_ptr(path) }, flags)?;
+    Some(answer(device.and_then(|device| {
         let duplicate = if flags & libc::O_CLOEXEC != 0 {
             libc::F_DUPFD_CLOEXEC
         } else {
@@ -52,7 +50,7 @@ fn open_device(flags: c_int) -> c_int {
             return Err(libc::EMFILE);
         }
         Ok(fd)
-    }))
+    })))
 }
 
 /// A replacement for a function that opens a file.
@@ -66,8 +64,8 @@ macro_rules! opens {
             $(, $mode: c_uint)?
         ) -> c_int {
             // SAFETY: as for the function that this replaces.
-            if unsafe { is_device(path) } {
-                return open_device(flags);
+            if let Some(fd) = unsafe { open_device(path, flags) } {
+                return fd;
             }
             next!($name($($before,)? path, flags $(, $mode)?) as $next)
         }
@@ -95,8 +93,9 @@ unsafe extern "C" fn close(fd: c_int) -> c_int {
 unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
     // These are the kernel's business for all descriptors alike.
     let of_any = matches!(request, libc::FIOCLEX | libc::FIONCLEX);
-    match table::get(fd).filter(|_| !of_any) {
-        Some(device) => answer(device.ioctl(fd, request, argument)),
+    let device = table::get(fd).filter(|_| !of_any);
+    match device.and_then(|device| device.ioctl(fd, request, argument)) {
+        Some(result) => answer(result),
         None => {
             next!(ioctl(fd, request, argument) as unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int)
         }
@@ -106,7 +105,7 @@ unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -
 #[unsafe(no_mangle)]
 unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
     if let Some(device) = table::get(fd) {
-        return read_device(&device, buffer, length);
+        return read_device(&*device, buffer, length);
     }
     next!(read(fd, buffer, length) as unsafe extern "C" fn(c_int, *mut c_void, usize) -> isize)
 }
@@ -115,13 +114,13 @@ unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, length: usize) -> isiz
 #[unsafe(no_mangle)]
 unsafe extern "C" fn __read_chk(fd: c_int, buffer: *mut c_void, length: usize, room: usize) -> isize {
     if let Some(device) = table::get(fd).filter(|_| length <= room) {
-        return read_device(&device, buffer, length);
+        return read_device(&*device, buffer, length);
     }
     next!(__read_chk(fd, buffer, length, room)
         as unsafe extern "C" fn(c_int, *mut c_void, usize, usize) -> isize)
 }
 
-fn read_device(device: &Device, buffer: *mut c_void, length: usize) -> isize {
+fn read_device(device: &dyn Device, buffer: *mut c_void, length: usize) -> isize {
     match device.read(buffer, length) {
         Ok(read) => read as isize,
         Err(errno) => answer(Err(errno)),
@@ -129,21 +128,34 @@ fn read_device(device: &Device, buffer: *mut c_void, length: usize) -> isize {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn readv(fd: c_int, parts: *const libc::iovec, count: c_int) -> isize {
-    let Some(device) = table::get(fd) else {
-        return next!(
-            readv(fd, parts, count) as unsafe extern "C" fn(c_int, *const libc::iovec, c_int) -> isize
-        );
-    };
+unsafe extern "C" fn write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
+    if let Some(device) = table::get(fd) {
+        return match device.write(buffer, length) {
+            Ok(written) => written as isize,
+            Err(errno) => answer(Err(errno)),
+        };
+    }
+    next!(write(fd, buffer, length) as unsafe extern "C" fn(c_int, *const c_void, usize) -> isize)
+}
+
+/// One part after the other, as the kernel does for a driver that has only read and write.
+///
+/// # Safety
+///
+/// There are `count` parts.
+unsafe fn each_part(
+    parts: *const libc::iovec,
+    count: c_int,
+    transfer: impl Fn(*mut c_void, usize) -> Result<usize, Errno>,
+) -> isize {
     let mut total = 0;
     for at in 0..usize::try_from(count).unwrap_or_default() {
-        // SAFETY: as for the function that this replaces: there are `count`.
+        // SAFETY: by this function's own condition.
         let part = unsafe { *parts.add(at) };
-        // As the kernel does for a driver that has only read.
-        match device.read(part.iov_base, part.iov_len) {
-            Ok(read) => {
-                total += read as isize;
-                if read < part.iov_len {
+        match transfer(part.iov_base, part.iov_len) {
+            Ok(length) => {
+                total += length as isize;
+                if length < part.iov_len {
                     break;
                 }
             }
@@ -152,6 +164,26 @@ unsafe extern "C" fn readv(fd: c_int, parts: *const libc::iovec, count: c_int) -
         }
     }
     total
+}
+
+type Vectored = unsafe extern "C" fn(c_int, *const libc::iovec, c_int) -> isize;
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn readv(fd: c_int, parts: *const libc::iovec, count: c_int) -> isize {
+    match table::get(fd) {
+        // SAFETY: as for the function that this replaces.
+        Some(device) => unsafe { each_part(parts, count, |start, length| device.read(start, length)) },
+        None => next!(readv(fd, parts, count) as Vectored),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn writev(fd: c_int, parts: *const libc::iovec, count: c_int) -> isize {
+    match table::get(fd) {
+        // SAFETY: as for the function that this replaces.
+        Some(device) => unsafe { each_part(parts, count, |start, length| device.write(start, length)) },
+        None => next!(writev(fd, parts, count) as Vectored),
+    }
 }
 
 /// Replacements for the two names of mmap.
@@ -167,9 +199,17 @@ macro_rules! maps {
             offset: i64,
         ) -> *mut c_void {
             let device = if flags & libc::MAP_ANONYMOUS == 0 { table::get(fd) } else { None };
-            let (fd, flags) = match device.as_ref().map(|device| device.mmap(length, protection, flags, offset)) {
+            let request = MapRequest {
+                address,
+                length,
+                protection,
+                flags,
+                offset,
+            };
+            let (fd, flags) = match device.as_ref().map(|device| device.mmap(request)) {
                 None => (fd, flags),
-                Some(Ok(file)) => file,
+                Some(Ok(Mapped::File(file, flags))) => (file, flags),
+                Some(Ok(Mapped::At(start))) => return start,
                 Some(Err(errno)) => {
                     // SAFETY: this thread's errno.
                     unsafe { *libc::__errno_location() = errno };
@@ -189,14 +229,15 @@ macro_rules! controls {
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
             let device = table::get(fd);
-            match (&device, command) {
-                (Some(device), libc::F_GETFL) => return device.flags(),
-                (Some(device), libc::F_SETFL) => {
-                    return answer(device.set_flags(fd, argument as usize as c_int).map(|()| 0));
-                }
-                _ => {}
+            if let (Some(device), libc::F_SETFL) = (&device, command)
+                && let Some(result) = device.set_flags(fd, argument as usize as c_int)
+            {
+                return answer(result.map(|()| 0));
             }
             let result = next!($name(fd, command, argument) as Fcntl);
+            if let (Some(device), libc::F_GETFL, 0..) = (&device, command, result) {
+                return device.flags(result);
+            }
             if result >= 0 && matches!(command, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) {
                 table::set(result, device);
             }

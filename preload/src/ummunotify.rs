@@ -1,4 +1,4 @@
-//! An open device: what the driver did, with a notifier.
+//! `/dev/ummunotify`: what the driver of the ummunotify v2 patch (R. Dreier and E. Munson 2010) did, with a notifier.
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsRawFd, RawFd};
@@ -6,16 +6,16 @@ use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 use std::sync::{Mutex, PoisonError};
 
-use ummunotify::abi::{
+use ::ummunotify::abi::{
     EXCHANGE_FEATURES, READ_LIMIT, REGISTER_REGION, RawEvent, Register, UNREGISTER_REGION,
 };
-use ummunotify::{AddressRange, COUNTER_PAGE, Choice, Cookie, Notifier};
+use ::ummunotify::{AddressRange, COUNTER_PAGE, Choice, Cookie, Notifier};
 
-use crate::signal::Signals;
+use self::signal::Signals;
+use crate::device::{Device as _, Errno, MapRequest, Mapped, complain};
 use crate::user;
 
-/// An errno.
-pub(crate) type Errno = c_int;
+mod signal;
 
 /// An open file of the device.
 pub(crate) struct Device {
@@ -35,8 +35,8 @@ impl Device {
             return Err(libc::EINVAL);
         }
         let name = std::env::var("UMMUNOTIFY_WATCHER").unwrap_or_else(|_| "auto".to_owned());
-        let choice: Choice = name.parse().map_err(|error| complain(&error))?;
-        let notifier = Notifier::open(choice).map_err(|error| complain(&error))?;
+        let choice: Choice = name.parse().map_err(|error| lacks(&error))?;
+        let notifier = Notifier::open(choice).map_err(|error| lacks(&error))?;
         Ok(Self {
             notifier,
             flags: AtomicI32::new(flags & libc::O_NONBLOCK),
@@ -44,19 +44,8 @@ impl Device {
         })
     }
 
-    /// What poll and its like can wait for.
-    pub(crate) fn descriptor(&self) -> Result<RawFd, Errno> {
-        let descriptor = self.notifier.descriptor().map_err(|_| libc::ENODEV)?;
-        Ok(descriptor.as_raw_fd())
-    }
-
-    /// The status flags, as F_GETFL gives them.
-    pub(crate) fn flags(&self) -> c_int {
-        self.flags.load(Acquire) | libc::O_RDONLY
-    }
-
     /// As F_SETFL. `fd`: of which the owner of signals is asked.
-    pub(crate) fn set_flags(&self, fd: c_int, flags: c_int) -> Result<(), Errno> {
+    fn set_status(&self, fd: c_int, flags: c_int) -> Result<(), Errno> {
         let before = self.flags.swap(flags & CHANGEABLE, AcqRel);
         if (before ^ flags) & libc::O_ASYNC != 0 {
             let signals = if flags & libc::O_ASYNC != 0 {
@@ -74,13 +63,12 @@ impl Device {
     }
 
     /// Changes one status flag.
-    pub(crate) fn set_flag(&self, fd: c_int, flag: c_int, on: bool) -> Result<(), Errno> {
+    fn set_flag(&self, fd: c_int, flag: c_int, on: bool) -> Result<(), Errno> {
         let flags = self.flags.load(Acquire);
-        self.set_flags(fd, if on { flags | flag } else { flags & !flag })
+        self.set_status(fd, if on { flags | flag } else { flags & !flag })
     }
 
-    /// As the driver's ioctl.
-    pub(crate) fn ioctl(&self, fd: c_int, request: u64, argument: *mut c_void) -> Result<c_int, Errno> {
+    fn control(&self, fd: c_int, request: u64, argument: *mut c_void) -> Result<c_int, Errno> {
         match request as u32 {
             EXCHANGE_FEATURES => {
                 // The driver marks it as used before it looks at the address.
@@ -119,9 +107,27 @@ impl Device {
         }
         Ok(0)
     }
+}
 
-    /// As the driver's read.
-    pub(crate) fn read(&self, buffer: *mut c_void, length: usize) -> Result<usize, Errno> {
+impl crate::device::Device for Device {
+    fn descriptor(&self) -> Result<RawFd, Errno> {
+        let descriptor = self.notifier.descriptor().map_err(|_| libc::ENODEV)?;
+        Ok(descriptor.as_raw_fd())
+    }
+
+    fn flags(&self, _: c_int) -> c_int {
+        self.flags.load(Acquire) | libc::O_RDONLY
+    }
+
+    fn set_flags(&self, fd: c_int, flags: c_int) -> Option<Result<(), Errno>> {
+        Some(self.set_status(fd, flags))
+    }
+
+    fn ioctl(&self, fd: c_int, request: u64, argument: *mut c_void) -> Option<Result<c_int, Errno>> {
+        Some(self.control(fd, request, argument))
+    }
+
+    fn read(&self, buffer: *mut c_void, length: usize) -> Result<usize, Errno> {
         let max = length.min(READ_LIMIT) / size_of::<RawEvent>();
         let events = if self.flags.load(Acquire) & libc::O_NONBLOCK != 0 {
             self.notifier
@@ -138,14 +144,20 @@ impl Device {
         Ok(size_of_val(events.as_slice()))
     }
 
-    /// As the driver's mmap, after what the kernel sees to for a file that is open for reading: which file to map, and how.
-    pub(crate) fn mmap(
-        &self,
-        length: usize,
-        protection: c_int,
-        flags: c_int,
-        offset: i64,
-    ) -> Result<(RawFd, c_int), Errno> {
+    fn write(&self, _: *const c_void, _: usize) -> Result<usize, Errno> {
+        // It is open for reading alone.
+        Err(libc::EBADF)
+    }
+
+    /// Which file to map, and how, after what the kernel sees to for a file that is open for reading.
+    fn mmap(&self, request: MapRequest) -> Result<Mapped, Errno> {
+        let MapRequest {
+            length,
+            protection,
+            flags,
+            offset,
+            ..
+        } = request;
         let shared = flags & libc::MAP_PRIVATE == 0;
         if shared && protection & libc::PROT_WRITE != 0 {
             return Err(libc::EACCES);
@@ -156,18 +168,12 @@ impl Device {
             return Err(libc::EINVAL);
         }
         let flags = flags & !libc::MAP_TYPE | libc::MAP_SHARED;
-        Ok((self.notifier.counter().file().as_raw_fd(), flags))
+        Ok(Mapped::File(self.notifier.counter().file().as_raw_fd(), flags))
     }
 }
 
 /// Says why the device cannot be opened.
-fn complain(error: &dyn std::error::Error) -> Errno {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    eprintln!("/dev/ummunotify: {text}");
+fn lacks(error: &dyn std::error::Error) -> Errno {
+    complain("/dev/ummunotify", error);
     libc::ENODEV
 }
