@@ -5,6 +5,7 @@
 //! workload=verify pages=all|N seed=S order=seq|random full=on|off
 //! workload=touch  pages=all|N order=seq|random|stride rounds=R seed=S stride=P
 //! workload=dirty  pages=all|N order=seq|random|stride rounds=R|forever seed=S stride=P
+//! workload=watch  pages=all|N rounds=R|forever period_us=P
 //! workload=fault  kind=page-fault|invalid-opcode|double-fault|panic
 //! ```
 //!
@@ -54,6 +55,15 @@ pub enum Workload {
         order: Order,
         /// How often; `None` is for ever.
         rounds: Option<u64>,
+    },
+    /// Write to every page, then only look at the clock.
+    Watch {
+        /// How many.
+        pages: Pages,
+        /// How often to tell; `None` is for ever.
+        rounds: Option<u64>,
+        /// How long a round takes, in microseconds.
+        period_us: u64,
     },
     /// Let tasks touch pages while others work.
     Tasks(Tasks),
@@ -131,7 +141,7 @@ impl fmt::Display for Error<'_> {
             Error::UnknownWorkload(word) => {
                 write!(
                     f,
-                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|tasks|fault"
+                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|watch|tasks|fault"
                 )
             }
             Error::UnknownOption(word) => write!(f, "error=unknown_option word={word}"),
@@ -162,6 +172,7 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
         "hello" => [].as_slice(),
         "verify" => &["pages", "seed", "order", "full"],
         "touch" | "dirty" => &["pages", "order", "rounds", "seed", "stride"],
+        "watch" => &["pages", "rounds", "period_us"],
         "tasks" => &["tasks", "faulting", "pages", "seed", "order", "patience"],
         "fault" => &["kind"],
         _ => return Err(Error::UnknownWorkload(options.word("workload"))),
@@ -182,10 +193,12 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
         "dirty" => Ok(Workload::Dirty {
             pages: options.pages()?,
             order: options.order()?,
-            rounds: match options.value("rounds")? {
-                Some("forever") => None,
-                _ => Some(options.number("rounds", 1, 1)?),
-            },
+            rounds: options.rounds()?,
+        }),
+        "watch" => Ok(Workload::Watch {
+            pages: options.pages()?,
+            rounds: options.rounds()?,
+            period_us: options.number("period_us", 100_000, 1)?,
         }),
         "tasks" => options.tasks().map(Workload::Tasks),
         "fault" => options.fault(),
@@ -246,6 +259,14 @@ impl<'a> Options<'a> {
                     expected: "all|a_number_above_0",
                 }),
             },
+        }
+    }
+
+    /// How often; `None` is for ever.
+    fn rounds(&self) -> Result<Option<u64>, Error<'a>> {
+        match self.value("rounds")? {
+            Some("forever") => Ok(None),
+            _ => self.number("rounds", 1, 1).map(Some),
         }
     }
 
@@ -429,6 +450,14 @@ mod tests {
                 rounds: None
             })
         );
+        assert_eq!(
+            parse("workload=watch pages=3 rounds=forever period_us=500"),
+            Ok(Workload::Watch {
+                pages: Pages::First(3),
+                rounds: None,
+                period_us: 500
+            })
+        );
     }
 
     #[test]
@@ -437,7 +466,7 @@ mod tests {
         for (line, expected) in [
             (
                 "workload=nap",
-                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|tasks|fault",
+                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|watch|tasks|fault",
             ),
             (
                 "workload=tasks tasks=129",
@@ -521,7 +550,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_line_panics(line in "(workload=(verify|touch|dirty|tasks|x)| |pages=|order=|seed=|[a-z0-9=é]{0,4}){0,9}") {
+        fn no_line_panics(line in "(workload=(verify|touch|dirty|watch|tasks|x)| |pages=|order=|seed=|[a-z0-9=é]{0,4}){0,9}") {
             if let Err(error) = parse(&line) {
                 prop_assert!(error.to_string().starts_with("error="));
             }

@@ -25,7 +25,7 @@ use guest::machine::Machine as _;
 use guest::memory_map::MemoryMap;
 use guest::order::Order;
 use guest::workload::tasks::{self, Job};
-use guest::workload::{Pages, dirty, hello, touch, verify};
+use guest::workload::{Pages, dirty, hello, touch, verify, watch};
 
 use boot::Boot;
 use machine::PhysicalMachine;
@@ -93,7 +93,10 @@ fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
     };
     match workload {
         Workload::Hello | Workload::Fault(_) => return Ok(plan),
-        Workload::Verify { .. } | Workload::Touch { .. } | Workload::Dirty { .. } => {}
+        Workload::Verify { .. }
+        | Workload::Touch { .. }
+        | Workload::Dirty { .. }
+        | Workload::Watch { .. } => {}
         Workload::Tasks(Tasks { tasks, .. }) => plan.take_stacks(tasks as u64 * cpus)?,
     }
     let pages = plan.pages().map_err(|wanted| {
@@ -127,6 +130,7 @@ impl Plan {
             | Workload::Touch { pages, order, .. }
             | Workload::Dirty { pages, order, .. }
             | Workload::Tasks(Tasks { pages, order, .. }) => (pages, order),
+            Workload::Watch { pages, .. } => (pages, Order::Sequential),
             Workload::Hello | Workload::Fault(_) => (PagesWanted::First(0), Order::Sequential),
         };
         let count = match pages {
@@ -146,6 +150,9 @@ fn run(plan: &'static Plan, cpu: u64) -> ! {
             Workload::Verify { seed, full, .. } => verify::run(&machine, &pages, seed, full),
             Workload::Touch { rounds, .. } => touch::run(&machine, &pages, rounds),
             Workload::Dirty { rounds, .. } => dirty::run(&machine, &pages, rounds),
+            Workload::Watch {
+                rounds, period_us, ..
+            } => watch::run(&machine, &pages, rounds, period_us),
             Workload::Tasks(options) => run_tasks(&machine, &pages, options),
             Workload::Fault(kind) if cpu == 0 => fail(kind),
             Workload::Fault(_) => exit::park(),

@@ -5,6 +5,7 @@ pub mod hello;
 pub mod tasks;
 pub mod touch;
 pub mod verify;
+pub mod watch;
 
 use core::ops::Range;
 
