@@ -22,6 +22,7 @@ mod image_layer;
 mod image_verify;
 mod image_writer;
 pub mod link;
+pub mod measure;
 pub mod metrics;
 mod own_pages;
 pub mod pager;

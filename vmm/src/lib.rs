@@ -14,6 +14,7 @@
 //! - [`snapshot`]: a VM in a file;
 //! - [`migration`]: a VM that moves;
 //! - [`report`], [`working_set`]: what a run leaves behind;
+//! - [`slot_setup`], [`plot`]: what KVM alone takes, and pictures of what was measured;
 //! - [`cli`]: the command line.
 
 pub mod address_map;
@@ -31,9 +32,11 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod migration;
+pub mod plot;
 pub mod ram_source;
 pub mod report;
 mod signals;
+pub mod slot_setup;
 pub mod snapshot;
 pub mod thread_placement;
 pub mod working_set;

@@ -4,6 +4,7 @@ use thiserror::Error;
 use umem::handoff::AttachError;
 use umem::image::{self, WriteError};
 use umem::link::{CredentialsError, ListenError};
+use umem::measure::MeasureError;
 use umem::pager::{PagerError, StartError};
 use umem::region::RegionError;
 use umem::source::SourceError;
@@ -121,6 +122,12 @@ pub(super) enum CommandError {
         /// The exit code.
         code: u8,
     },
+    /// Nothing can be measured.
+    #[error("cannot measure")]
+    Measure(#[from] MeasureError),
+    /// What measuring needs cannot be had.
+    #[error("cannot measure")]
+    Scratch(#[source] std::io::Error),
     /// Nobody takes the answer.
     #[error("cannot write to standard output")]
     Output(#[source] std::io::Error),
@@ -163,6 +170,7 @@ impl CommandError {
             | Self::ReadImage(image::ReadError::Io { .. })
             | Self::Vcpu(_)
             | Self::Serve(_)
+            | Self::Scratch(_)
             | Self::Output(_)
             | Self::Ctl(_)
             | Self::Report(_) => exit_code::RUNTIME,
@@ -191,7 +199,8 @@ impl CommandError {
             Self::Arrival(error) => arrival_exit_code(error),
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
-            Self::HostLacks(_) => exit_code::HOST,
+            Self::HostLacks(_) | Self::Measure(MeasureError::Userfaultfd(_)) => exit_code::HOST,
+            Self::Measure(_) => exit_code::RUNTIME,
             Self::Remote(_) | Self::Attach(_) => exit_code::SOURCE_LOST,
         }
     }
