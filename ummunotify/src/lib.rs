@@ -10,7 +10,9 @@
 //! offer. From the top:
 //!
 //! ```text
+//! service         watchers in other processes
 //! notifier        register, read, poll
+//! stream          without registered ranges: everything in one, as it is noticed
 //! queue  ranges   what is pending; which ranges an invalidation hits
 //! watcher         who notices: kvm, userfaultfd, or the program itself (Driven)
 //! counter         the page
@@ -29,7 +31,9 @@ mod queue;
 #[cfg(test)]
 mod random;
 mod ranges;
+pub mod service;
 mod signals;
+mod stream;
 mod watcher;
 
 pub use choice::{Choice, OpenError, UnknownWatcher, WatcherKind};
@@ -38,5 +42,6 @@ pub use driven::{Driven, Invalidation};
 pub use notifier::{ExchangeError, Forked, Notifier, ReadError, RegisterError, UnregisterError};
 pub use queue::Event;
 pub use ranges::{AddressRange, Cookie, Ranges};
+pub use stream::Stream;
 pub use watcher::kvm::KvmError;
 pub use watcher::userfaultfd::UserfaultfdError;
