@@ -50,6 +50,7 @@ fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineCo
         async_pf: AsyncPageFaults::Off,
         placement: Placement::Free,
         track_dirty: false,
+        balloon: None,
     }
 }
 

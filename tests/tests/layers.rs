@@ -95,6 +95,7 @@ impl Vm {
             async_pf,
             placement: vmm::thread_placement::Placement::Free,
             track_dirty: track == Track::Yes,
+            balloon: None,
         };
         let control = Control::new();
         let (tell, events) = mpsc::channel();

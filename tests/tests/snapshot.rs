@@ -74,6 +74,7 @@ impl Vm {
             async_pf: AsyncPageFaults::IfThere,
             placement: Placement::Free,
             track_dirty: false,
+            balloon: None,
         };
         let control = Control::new();
         let (tell, events) = mpsc::channel();
@@ -361,7 +362,7 @@ fn what_cannot_be_restored_here_is_refused_with_the_reason() {
     let changed = |change: &dyn Fn(&mut serde_json::Value), code, words: &[&str]| {
         refused(&with_metadata(&path, change), &[], code, words);
     };
-    changed(&|state| state["version"] = 2.into(), 6, &["version 2", "reads 1"]);
+    changed(&|state| state["version"] = 3.into(), 6, &["version 3", "reads 1"]);
     changed(&|state| state["version"] = 0.into(), 6, &["version 0"]);
     changed(
         &|state| leaf(state, 0)[4] = u32::from_le_bytes(*b"Cent").into(),

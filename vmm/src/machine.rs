@@ -17,10 +17,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ReadOnlyPages, RomError};
-use crate::control::{Control, Counters, Event};
-use crate::devices::{Console, ConsoleError, DeviceBus, EventLoop, EventLoopError, SERIAL_IRQ, Stopper};
+use crate::control::{Control, Counters, Event, ResizeError};
+use crate::devices::{
+    BALLOON_IRQ, Balloon, BalloonOptions, Console, ConsoleError, DeviceBus, EventLoop, EventLoopError,
+    SERIAL_IRQ, Stopper,
+};
 use crate::dirty::{Changes, Tracking};
 use crate::ending::Ending;
+use crate::invalidations::InvalidationsError;
 use crate::kvm::{
     AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
     CpuModelError, Host, HostError, MsrError, StateList, Vcpu, VcpuSetupError, VcpuState, VcpuStateError, Vm,
@@ -28,6 +32,7 @@ use crate::kvm::{
 };
 use crate::memory::GuestMemory;
 use crate::ram_source::{RamSource, ServingPager};
+use crate::removal::{Ram, Remover};
 use crate::report::{Process, Report, milliseconds};
 use crate::snapshot::{Memory, Saved, SnapshotError, SnapshotState};
 use crate::thread_placement::{Placement, PlacementError, Places};
@@ -107,6 +112,8 @@ pub struct MachineConfig {
     /// Whether the pages that change are tracked, so that a snapshot that is laid over the one before, or over the image that RAM
     /// is loaded from, looks at no others.
     pub track_dirty: bool,
+    /// A balloon; one that is restored has it as it was saved.
+    pub balloon: Option<BalloonOptions>,
 }
 
 /// Why a VM could not be run, or not to its end.
@@ -182,6 +189,9 @@ pub enum MachineError {
     /// No event loop.
     #[error("cannot set up the event loop")]
     EventLoop(#[from] EventLoopError),
+    /// What the kernel does to RAM cannot be told.
+    #[error(transparent)]
+    Invalidations(#[from] InvalidationsError),
     /// The working set cannot be recorded.
     #[error(transparent)]
     WorkingSet(#[from] WorkingSetFileError),
@@ -231,6 +241,7 @@ impl Parts {
             vcpus: self.cpus,
             exits: self.vcpus.exits(),
             first_instruction: self.vcpus.first_instruction(),
+            balloon: self.bus.balloon().map(Balloon::status),
         })
     }
 
@@ -285,6 +296,20 @@ impl Parts {
             states,
             source,
         })
+    }
+
+    /// Wants the balloon to hold so many bytes.
+    pub(crate) fn resize_balloon(&self, bytes: u64) -> Result<(), ResizeError> {
+        let balloon = self.bus.balloon().ok_or(ResizeError::NoBalloon)?;
+        let ram = self.ram.size();
+        if bytes > ram {
+            return Err(ResizeError::TooLarge { asked: bytes, ram });
+        }
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(ResizeError::Unaligned(bytes));
+        }
+        balloon.resize(bytes);
+        Ok(())
     }
 
     /// For how long somebody has been waiting for a page.
@@ -343,6 +368,7 @@ fn run_to_the_end(
     // SAFETY: nothing that the guest could see goes away while a vCPU may run: at the end of this function all vCPUs are closed,
     // or the memory is never given back. (The pager goes before the VM does, whose end may wait for pages.)
     unsafe { memory.map_into(&vm) }?;
+    watch_ram(control, &region, config.ram)?;
     let tracking = Tracking::start(config.track_dirty, config.source.exact_digest(), &vm, &memory)?;
     clock.lap("slots");
 
@@ -350,9 +376,10 @@ fn run_to_the_end(
     vm.irqfd(&interrupt, SERIAL_IRQ)?;
     let devices = config.saved().map(SnapshotState::devices);
     let console = make_console(config, interrupt)?;
+    let balloon = make_balloon(config, &vm, &memory, &region, control)?;
     let bus = Arc::new(match devices {
-        None => DeviceBus::new(console.serial()),
-        Some(devices) => DeviceBus::restored(console.serial(), devices),
+        None => DeviceBus::new(console.serial(), balloon),
+        Some(devices) => DeviceBus::restored(console.serial(), balloon, devices),
     });
     event_loop.add(Box::new(console));
     clock.lap("devices");
@@ -468,6 +495,40 @@ fn make_console(config: &MachineConfig, interrupt: EventFd) -> Result<Console, M
     })
 }
 
+/// Tells those outside who watch guest-physical addresses where they are.
+fn watch_ram(control: &Control, region: &Region, map: RamMap) -> Result<(), InvalidationsError> {
+    match control.invalidations() {
+        Some(invalidations) => invalidations.watch_ram(region, map),
+        None => Ok(()),
+    }
+}
+
+/// The balloon, if the machine has one.
+fn make_balloon(
+    config: &MachineConfig,
+    vm: &Vm,
+    memory: &GuestMemory,
+    region: &Arc<Region>,
+    control: &Control,
+) -> Result<Option<Balloon>, MachineError> {
+    let saved = config.saved().map(|saved| saved.devices().balloon.as_ref());
+    if saved.map_or(config.balloon.is_none(), |balloon| balloon.is_none()) {
+        return Ok(None);
+    }
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
+    vm.irqfd(&interrupt, BALLOON_IRQ)?;
+    // Fails only if RAM were of another size than its map.
+    let ram = Ram::new(Arc::clone(region), config.ram, memory.own_writes())
+        .ok_or_else(|| MachineError::Os(std::io::ErrorKind::InvalidInput.into()))?;
+    let remover = Arc::new(Remover::new(ram, control.clone()));
+    let balloon = match (saved.flatten(), config.balloon) {
+        (Some(state), _) => Balloon::restored(state, remover, interrupt),
+        (None, Some(options)) => Balloon::new(options, remover, interrupt),
+        (None, None) => return Ok(None),
+    };
+    balloon.map(Some).map_err(MachineError::Os)
+}
+
 /// All vCPUs, and the CPU that they are. All before the first runs: an INIT for one that does not exist yet would be lost.
 fn make_vcpus(config: &MachineConfig, host: &Host, vm: &Vm) -> Result<(CpuModel, Vec<Vcpu>), MachineError> {
     let here = CpuModel::new(host, config.cpus, config.async_pf)?;
@@ -559,7 +620,7 @@ fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomErro
         Start::Boot { entry, firmware } => (entry, firmware),
         Start::Restore(saved) => return saved.read_only_pages(),
     };
-    let description = ReadOnlyPages::description(entry, config.cpus)?;
+    let description = ReadOnlyPages::description(entry, config.cpus, config.balloon.is_some())?;
     Ok(match firmware {
         Firmware::BuiltIn => vec![ReadOnlyPages::builtin_rom()?, description],
         Firmware::File(path) => vec![ReadOnlyPages::rom_from_file(path)?, description],

@@ -7,7 +7,7 @@ use serde::Serialize;
 use thiserror::Error;
 use umem::causes::causes;
 
-use crate::control::{PauseError, ResumeError, ShutdownError};
+use crate::control::{PauseError, ResizeError, ResumeError, ShutdownError};
 use crate::snapshot::SnapshotError;
 
 /// Why a request is not served.
@@ -58,6 +58,12 @@ pub(super) enum ApiError {
     /// There is no snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The balloon was not resized.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    /// Nobody can watch from outside.
+    #[error("nobody is told of invalidations: run the VM with --invalidations")]
+    NoInvalidations,
     /// It was not told to end.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),
@@ -85,19 +91,28 @@ impl ApiError {
             Self::WrongMethod { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::BrokenBody(_) | Self::BadBody(_) | Self::BadDestination(_) | Self::BadBase(_) => {
+            Self::BrokenBody(_)
+            | Self::BadBody(_)
+            | Self::BadDestination(_)
+            | Self::BadBase(_)
+            | Self::Resize(ResizeError::TooLarge { .. } | ResizeError::Unaligned(_)) => {
                 StatusCode::BAD_REQUEST
             }
             // It may be served later.
             Self::TooManyListeners(_)
-            | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. })
+            | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. } | PauseError::DeviceBusy { .. })
             | Self::Snapshot(
-                SnapshotError::Busy | SnapshotError::Pause(PauseError::Busy | PauseError::VcpuWaits { .. }),
+                SnapshotError::Busy
+                | SnapshotError::Pause(
+                    PauseError::Busy | PauseError::VcpuWaits { .. } | PauseError::DeviceBusy { .. },
+                ),
             )
             | Self::Resume(ResumeError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Pause(PauseError::AlreadyPaused | PauseError::WrongState(_))
             | Self::Resume(ResumeError::WrongState(_))
             | Self::Snapshot(SnapshotError::WrongState(_) | SnapshotError::Pause(_))
+            | Self::Resize(ResizeError::NoBalloon | ResizeError::WrongState(_))
+            | Self::NoInvalidations
             | Self::Shutdown(ShutdownError::Stopped) => StatusCode::CONFLICT,
             Self::Snapshot(_) | Self::Broken(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }

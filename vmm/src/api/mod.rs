@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 use tokio_stream::StreamExt;
 use umem::link::Listener;
 
-use self::body::{Nothing, SnapshotRequest, read};
+use self::body::{Nothing, ResizeRequest, SnapshotRequest, read};
 use self::error::ApiError;
 use crate::address_map::PAGE_SIZE;
 use crate::control::Control;
@@ -48,19 +48,23 @@ enum Verb {
     Pause,
     Resume,
     Snapshot,
+    Resize,
+    Invalidations,
     Shutdown,
     Events,
     Metrics,
 }
 
 /// Everything that can be asked for, and how.
-const ROUTES: [(Method, &str, Verb); 9] = [
+const ROUTES: [(Method, &str, Verb); 11] = [
     (Method::GET, "/api/v1/vmm.ping", Verb::Ping),
     (Method::GET, "/api/v1/vm.info", Verb::Info),
     (Method::GET, "/api/v1/vm.counters", Verb::Counters),
     (Method::PUT, "/api/v1/vm.pause", Verb::Pause),
     (Method::PUT, "/api/v1/vm.resume", Verb::Resume),
     (Method::PUT, "/api/v1/vm.snapshot", Verb::Snapshot),
+    (Method::PUT, "/api/v1/vm.resize", Verb::Resize),
+    (Method::GET, "/api/v1/vm.invalidations", Verb::Invalidations),
     (Method::PUT, "/api/v1/vm.shutdown", Verb::Shutdown),
     (Method::GET, "/api/v1/events", Verb::Events),
     (Method::GET, "/metrics", Verb::Metrics),
@@ -163,6 +167,17 @@ impl Api {
                 let (control, events) = (self.control.clone(), self.events.clone());
                 let made = blocking(move || control.snapshot(&options, &mut told_to(&events))).await??;
                 json(&view::Snapshot::new(&made))
+            }
+            Verb::Resize => {
+                let wanted: ResizeRequest = read(body).await?;
+                let control = self.control.clone();
+                blocking(move || control.resize_balloon(wanted.desired_balloon)).await??;
+                Ok(done())
+            }
+            Verb::Invalidations => {
+                read::<Nothing>(body).await?;
+                let invalidations = self.control.invalidations().ok_or(ApiError::NoInvalidations)?;
+                json(&blocking(move || view::Watchers::new(&invalidations)).await?)
             }
             Verb::Shutdown => {
                 read::<Nothing>(body).await?;

@@ -16,6 +16,7 @@ use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
 use crate::events::EventFileError;
+use crate::invalidations::InvalidationsError;
 use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
 use crate::report::ReportError;
@@ -130,6 +131,9 @@ pub(super) enum CommandError {
     /// There is no place for events.
     #[error(transparent)]
     Events(#[from] EventFileError),
+    /// Nobody can be told of invalidations.
+    #[error(transparent)]
+    Invalidations(#[from] InvalidationsError),
     /// A running VM does not do what it is asked.
     #[error(transparent)]
     Ctl(#[from] CtlError),
@@ -162,6 +166,7 @@ impl CommandError {
             | Self::NoReport(_)
             | Self::Events(_)
             | Self::Listen(_)
+            | Self::Invalidations(_)
             | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
@@ -220,6 +225,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
         | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
+        | MachineError::Invalidations(InvalidationsError::Kernel(_))
         | MachineError::Pager(StartError::Userfaultfd(
             uffd::OpenError::Permission | uffd::OpenError::Unsupported | uffd::OpenError::Features { .. },
         )) => exit_code::HOST,
@@ -237,6 +243,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
             EventLoopError::Manager(_) | EventLoopError::Event(_) | EventLoopError::Signals(_),
         )
         | MachineError::Vm(_)
+        | MachineError::Invalidations(_)
         | MachineError::Vcpu(_)
         | MachineError::CpuModel(_)
         | MachineError::StateList(_)

@@ -21,6 +21,9 @@ pub use watch::{Watch, WatchOptions};
 /// Events that a listener may be behind.
 const BACKLOG: usize = 1024;
 
+/// The most ranges that one event names; the others are only counted.
+const RANGES_NAMED: usize = 16;
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -64,6 +67,13 @@ pub enum Event {
         /// Bytes in all.
         total: u64,
     },
+    /// What is behind guest-physical addresses is about to change.
+    Invalidated {
+        /// Why, in a word.
+        cause: &'static str,
+        /// Where: the first address, and the one after the last.
+        ranges: Vec<(u64, u64)>,
+    },
     /// The guest has ended, or was ended.
     Exit {
         /// How, in the report's word.
@@ -83,6 +93,7 @@ impl Event {
             Self::FillProgress { .. } | Self::AllPagesPresent { .. } => "memory",
             Self::SourceLost { .. } | Self::SourceBack { .. } => "page-source",
             Self::SnapshotProgress { .. } => "snapshot",
+            Self::Invalidated { .. } => "invalidations",
             // Whom the guest did not survive.
             Self::Exit {
                 outcome: "stopped" | "source-lost" | "error",
@@ -100,6 +111,7 @@ impl Event {
             Self::SourceLost { .. } => "lost",
             Self::SourceBack { .. } => "back",
             Self::SnapshotProgress { .. } => "progress",
+            Self::Invalidated { .. } => "changing",
             Self::Exit { .. } => "exit",
         }
     }
@@ -114,6 +126,17 @@ impl Event {
                 json!({ "url": url, "lost_ms": crate::report::milliseconds(*lost_for) })
             }
             Self::SnapshotProgress { done, total } => json!({ "bytes": done, "total": total }),
+            Self::Invalidated { cause, ranges } => {
+                let named: Vec<Value> = ranges
+                    .iter()
+                    .take(RANGES_NAMED)
+                    .map(|(start, end)| json!({ "start": start, "end": end }))
+                    .collect();
+                let bytes = ranges
+                    .iter()
+                    .fold(0, |sum: u64, (start, end)| sum.saturating_add(end - start));
+                json!({ "cause": cause, "count": ranges.len(), "bytes": bytes, "ranges": named })
+            }
             Self::Exit { outcome, code, error } => {
                 let mut properties = json!({ "outcome": outcome });
                 if let Some(code) = code {

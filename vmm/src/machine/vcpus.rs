@@ -40,6 +40,12 @@ pub enum ParkError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// It is in the middle of something.
+    #[error("a device did not stop within {} ms", waited.as_millis())]
+    Device {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// The VM has ended, or is about to.
     #[error("the VM has ended")]
     Ended,
@@ -303,8 +309,22 @@ impl Vcpus {
         true
     }
 
-    /// Makes all stand, and waits until they do. After an error they run as before.
+    /// Makes all stand, and the devices with them, and waits until they do. After an error they run as before.
     pub(crate) fn park(&self, patience: Duration) -> Result<(), ParkError> {
+        let deadline = Instant::now() + patience;
+        self.park_vcpus(patience)?;
+        // After the vCPUs: none asks a device for anything any more.
+        if self
+            .bus
+            .stand_still(deadline.saturating_duration_since(Instant::now()))
+        {
+            return Ok(());
+        }
+        self.unpark();
+        Err(ParkError::Device { waited: patience })
+    }
+
+    fn park_vcpus(&self, patience: Duration) -> Result<(), ParkError> {
         let deadline = Instant::now() + patience;
         let mut gate = self.lock();
         if gate.wanted == Wanted::End {
@@ -342,6 +362,7 @@ impl Vcpus {
 
     fn release(&self, gate: &mut Gate) {
         if gate.wanted == Wanted::Stand {
+            self.bus.go_on();
             gate.wanted = Wanted::Run;
             self.attention.store(false, SeqCst);
             self.changed.notify_all();

@@ -85,18 +85,23 @@ impl Client {
 
     /// What is asked for with GET.
     pub(super) fn get(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::GET, path)
+        self.ask(Method::GET, path, String::new())
     }
 
     /// What PUT answers.
     pub(super) fn put(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::PUT, path)
+        self.ask(Method::PUT, path, String::new())
+    }
+
+    /// What PUT with this answers.
+    pub(super) fn put_with(&self, path: &str, body: &Value) -> Result<Value, CtlError> {
+        self.ask(Method::PUT, path, body.to_string())
     }
 
     /// Asks, and waits for all of the answer. Nothing at all is an empty object.
-    fn ask(&self, method: Method, path: &str) -> Result<Value, CtlError> {
+    fn ask(&self, method: Method, path: &str, body: String) -> Result<Value, CtlError> {
         self.runtime.block_on(async {
-            let asked = async { self.whole(self.send(method, path, String::new()).await?).await };
+            let asked = async { self.whole(self.send(method, path, body).await?).await };
             let silent = |_| CtlError::Silent {
                 path: self.path.clone(),
             };
