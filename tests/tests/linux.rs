@@ -7,7 +7,9 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tests::linux::{initramfs, kernel};
+use serde_json::json;
+use tests::api::Api;
+use tests::linux::{initramfs, kernel, modules};
 use tests::need;
 use tests::program::Program;
 use tests::random::Random;
@@ -15,6 +17,8 @@ use tests::scratch::Scratch;
 use tests::served::{served, socket};
 use tests::server::Server;
 use tests::vm::{FinishedVm, Vm};
+use ummunotify::service::{Client, ClientOptions};
+use ummunotify::{AddressRange, Cookie};
 
 /// What ends it when it hangs. Each page is a fault of one to three milliseconds on an emulated CPU, and there are tens of
 /// thousands.
@@ -56,7 +60,6 @@ impl Linux {
     /// Without an image.
     fn boot(&self, kernel: PathBuf) -> Vm {
         Vm::with_memory("256M")
-            .memory("fill=sequential")
             .option("--kernel", kernel)
             .option("--initramfs", &self.initramfs)
             .command_line(COMMAND_LINE)
@@ -169,7 +172,11 @@ fn it_boots_from_a_page_server_and_resets() {
 fn a_panic_ends_the_vm() {
     need!(kernel());
     let linux = Linux::new("echo c >/proc/sysrq-trigger\nsleep 600", &[]);
-    let vm = linux.boot(kernel().unwrap()).option("--firmware", "none").run();
+    let vm = linux
+        .boot(kernel().unwrap())
+        .memory("fill=sequential")
+        .option("--firmware", "none")
+        .run();
     assert_ended(&vm, "reset", 65);
     assert!(
         vm.stdout
@@ -187,7 +194,7 @@ fn an_elf_kernel_boots_by_pvh() {
     let vmlinux = linux
         .scratch
         .file("vmlinux", &uncompressed(&fs::read(kernel().unwrap()).unwrap()));
-    let vm = linux.boot(vmlinux).run();
+    let vm = linux.boot(vmlinux).memory("fill=sequential").run();
     assert_ended(&vm, "poweroff", 0);
     assert_eq!(
         vm.line("command_line="),
@@ -211,4 +218,78 @@ fn uncompressed(bzimage: &[u8]) -> Vec<u8> {
     }
     assert_eq!(kernel.len(), word(end));
     kernel
+}
+
+/// Its own driver finds the balloon by ACPI, gives pages back when it is asked to, reports those that are free, and goes on with
+/// all of them.
+#[test]
+fn it_gives_pages_back_by_its_balloon() {
+    const SIZE: u64 = 64 << 20;
+    const DRIVERS: [&str; 4] = ["virtio_ring", "virtio", "virtio_mmio", "virtio_balloon"];
+    need!(kernel());
+    need!(modules("drivers/virtio", &DRIVERS));
+    let drivers = modules("drivers/virtio", &DRIVERS).unwrap();
+    let files: Vec<(&str, &[u8])> = drivers
+        .iter()
+        .map(|(name, content)| (name.as_str(), content.as_slice()))
+        .collect();
+    let linux = Linux::new(
+        r"
+        total() { sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo; }
+        before=$(total)
+        for driver in virtio_ring virtio virtio_mmio virtio_balloon; do insmod /$driver.ko || echo no_driver=$driver; done
+        echo device=$(cat /sys/bus/virtio/devices/virtio0/device)
+        while [ $(total) -gt $((before - 60000)) ]; do usleep 50000; done
+        echo inflated
+        while [ $(total) -lt $((before - 1000)) ]; do usleep 50000; done
+        # All of it is used again.
+        dd if=/dev/zero of=/filled bs=1M count=100 2>/dev/null
+        echo sum=$(sha256sum </filled)
+        poweroff -f",
+        &files,
+    );
+    let scratch = Scratch::new();
+    let socket = scratch.path("invalidations");
+    let vm = linux
+        .boot(kernel().unwrap())
+        .memory("fill=off")
+        .option("--balloon", "size=0,free-page-reporting=on")
+        .option("--invalidations", format!("socket={}", socket.display()));
+    let (vm, api) = Api::start(vm);
+    let mut watcher = Client::connect(&socket, ClientOptions::default()).unwrap();
+    watcher.register(AddressRange::ALL, Cookie(1)).unwrap();
+    vm.wait_for_output("device=");
+    assert!(vm.stdout().contains("device=0x0005"), "{}", vm.stdout());
+    let balloon = |key: &str| api.info()["balloon"][key].as_u64().unwrap_or(0);
+    vm.wait_until("free pages are reported", |_| balloon("reported") > 0);
+    let reported = watcher.counter().load();
+    assert!(reported > 0);
+    let resize = |size: u64| {
+        let body = json!({ "desired_balloon": size }).to_string();
+        let reply = api.ask("PUT", "/api/v1/vm.resize", body.as_bytes());
+        assert_eq!(reply.status, 204, "{reply:?}");
+    };
+    resize(SIZE);
+    vm.wait_for_output("inflated");
+    vm.wait_until("the balloon holds what it is to", |_| balloon("actual") == SIZE);
+    assert!(balloon("inflated") >= SIZE);
+    assert!(api.info()["pages"]["removed"].as_u64().unwrap() * 4096 >= SIZE);
+    assert!(watcher.counter().load() > reported);
+    resize(0);
+    let vm = vm.finish();
+    vm.assert_code(0);
+    assert_eq!(vm.report().text("/outcome"), "poweroff");
+    let zeros = Program::new("/bin/busybox")
+        .args([
+            "sh",
+            "-c",
+            "dd if=/dev/zero bs=1M count=100 2>/dev/null | sha256sum",
+        ])
+        .run();
+    assert_eq!(
+        vm.line("sum=")["sum=".len()..][..64],
+        zeros.stdout[..64],
+        "{}",
+        vm.stdout
+    );
 }
