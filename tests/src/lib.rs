@@ -6,6 +6,7 @@
 //! - [`server`]: `umem serve`;
 //! - [`certificates`]: a CA, and directories for `--tls-dir`;
 //! - [`api`]: the control API of a running VM;
+//! - [`moving`]: VMs that move from one instance to another;
 //! - [`served`]: VMs whose RAM comes from page servers;
 //! - [`proxy`]: a network between them that does what it should not;
 //! - [`peer`]: one end of it that says what it likes;
@@ -24,6 +25,7 @@ pub mod certificates;
 pub mod errors;
 pub mod host;
 pub mod linux;
+pub mod moving;
 pub mod peer;
 pub mod program;
 pub mod proxy;

@@ -14,6 +14,8 @@ use crate::scratch::Scratch;
 /// A VM to be run. Its report goes to a directory of its own.
 #[derive(Debug, Default)]
 pub struct Vm {
+    /// Where another instance's VM is waited for: `umem receive` in place of `umem run`.
+    listen: Option<OsString>,
     memory: Vec<String>,
     args: Vec<OsString>,
     patience: Option<Duration>,
@@ -28,6 +30,14 @@ impl Vm {
     /// A VM from an image.
     pub fn from_image(image: &Path) -> Self {
         Self::default().memory(&format!("source=file:{}", image.display()))
+    }
+
+    /// A VM that comes from another instance, which is waited for at `listen`.
+    pub fn arriving(listen: &str) -> Self {
+        Self {
+            listen: Some(listen.into()),
+            ..Self::default()
+        }
     }
 
     /// Adds to `--memory`.
@@ -60,7 +70,11 @@ impl Vm {
 
     /// All arguments of `umem`, with the report going to `report`.
     pub fn args(&self, report: &Path) -> Vec<OsString> {
-        let mut args: Vec<OsString> = vec!["run".into(), "--report".into(), report.into()];
+        let mut args: Vec<OsString> = match &self.listen {
+            None => vec!["run".into()],
+            Some(listen) => vec!["receive".into(), "--listen".into(), listen.clone()],
+        };
+        args.extend(["--report".into(), report.into()]);
         if !self.memory.is_empty() {
             args.extend(["--memory".into(), self.memory.join(",").into()]);
         }

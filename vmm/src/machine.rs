@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
 use thiserror::Error;
+use umem::causes::chain;
 use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::states::{PageStates, StateCounts};
@@ -359,6 +360,10 @@ pub fn run(
     report: &mut Report,
 ) -> Result<Outcome, MachineError> {
     let result = run_to_the_end(config, control, started, report);
+    if let (Err(error), Start::Arrive(arrival, _)) = (&result, &config.start) {
+        // Whoever sends it hears why it cannot be taken, and not only that nobody is there any more.
+        arrival.give_up(&chain(error));
+    }
     control.stopped();
     result
 }
@@ -452,7 +457,8 @@ fn run_to_the_end(
 
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
-    let not_arrived = end_arrival(parts.arrival.as_ref());
+    let restore_error = vcpus.restore_error();
+    let not_arrived = end_arrival(parts.arrival.as_ref(), restore_error.as_ref());
     control.stopped();
     vcpus.end();
     let all_stopped = threads.end_within(VCPU_GRACE);
@@ -491,7 +497,7 @@ fn run_to_the_end(
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    if let (None, Some(error)) = (failure.get(), vcpus.restore_error()) {
+    if let (None, Some(error)) = (failure.get(), restore_error) {
         return Err(error);
     }
     if let Some(error) = not_arrived {
@@ -552,10 +558,13 @@ fn take_over(parts: &Arc<Parts>, stopper: Stopper) -> Result<(), MachineError> {
 }
 
 /// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
-fn end_arrival(arrival: Option<&Arrival>) -> Option<ArrivalError> {
+fn end_arrival(arrival: Option<&Arrival>, restore_error: Option<&MachineError>) -> Option<ArrivalError> {
     let arrival = arrival?;
     let error = arrival.error();
-    arrival.give_up("it was stopped where the VM was to go");
+    match restore_error {
+        Some(error) => arrival.give_up(&chain(error)),
+        None => arrival.give_up("it was stopped where the VM was to go"),
+    }
     if arrival.is_mine() {
         arrival.finish();
     }

@@ -341,8 +341,13 @@ impl Arrival {
             let waited = self.shared.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if let Some(record) = &state.record {
-            record.remove();
+        if state.done {
+            if let Some(record) = &state.record {
+                record.remove();
+            }
+        } else if state.phase == Phase::Mine {
+            // The source may still be in doubt, and nobody else can tell any more that the VM ran.
+            self.shared.record(&state, "ended");
         }
     }
 
@@ -702,6 +707,14 @@ impl Host for Shared {
             session,
             digest: None,
         })
+    }
+
+    fn not_welcomed(&self, kind: ChannelKind, error: ChannelError) {
+        // The session is the one that was made for it, and nobody knows of it: without a control channel it would never end. Any later
+        // one is called for again.
+        if kind == ChannelKind::Control && self.lock().phase < Phase::Loaded {
+            self.end(ArrivalError::Lost(error));
+        }
     }
 
     fn take(&self, kind: ChannelKind, mut opened: Opened) {

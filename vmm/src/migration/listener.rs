@@ -9,7 +9,7 @@ use std::thread;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use umem::call::Opened;
-use umem::channel::{Receiver, Sender};
+use umem::channel::{ChannelError, Receiver, Sender};
 use umem::link::{Listener, Stream};
 use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome};
 
@@ -22,6 +22,9 @@ const MOST: usize = 64;
 pub(super) trait Host: Send + Sync + 'static {
     /// What a hello is answered.
     fn welcome(&self, hello: &Hello<'_>) -> Result<Welcome, (RefuseCode, String)>;
+
+    /// A hello was answered, but the answer could not be sent.
+    fn not_welcomed(&self, kind: ChannelKind, error: ChannelError);
 
     /// What becomes of the channel. Called by a thread of its own, which may take as long as it likes.
     fn take(&self, kind: ChannelKind, opened: Opened);
@@ -139,7 +142,10 @@ fn answer(stream: Stream, host: &impl Host) -> Option<(ChannelKind, Opened)> {
             return None;
         }
     };
-    sender.send(&Message::Welcome(welcome)).ok()?;
+    if let Err(error) = sender.send(&Message::Welcome(welcome)) {
+        host.not_welcomed(kind, error);
+        return None;
+    }
     // Which of them may wait is known to who receives.
     stream.set_timeouts(None, Some(PATIENCE)).ok()?;
     receiver

@@ -224,6 +224,8 @@ struct Session {
     push: Arc<Push>,
     server: Server,
     ram: SharedRam,
+    /// Channels for what nobody waits for.
+    connections: usize,
     /// Pages that the destination installs at once.
     unit: u64,
     tracker: Option<DirtyTracker>,
@@ -367,7 +369,7 @@ impl Conversation {
 }
 
 impl Session {
-    /// Calls the destination, and has it make a VM like this one.
+    /// Calls the destination.
     fn open(
         control: &Control,
         parts: &Arc<Parts>,
@@ -390,9 +392,8 @@ impl Session {
         let token = token(dialer.session);
         ongoing.update(|status| status.token.clone_from(&token));
         let connections = options.connections.clamp(1, MAX_CONNECTIONS);
-        let description = parts.describe(options.mode, connections).encode()?;
         let server = Server::new(std::collections::HashMap::new()).map_err(MigrationError::Os)?;
-        let mut session = Self {
+        Ok(Self {
             control: control.clone(),
             parts: Arc::clone(parts),
             ongoing: Arc::clone(ongoing),
@@ -403,26 +404,32 @@ impl Session {
             push: Arc::new(Push::new(Arc::clone(&ram), connections)),
             server,
             ram,
+            connections,
             unit: 1,
             tracker: None,
             rounds: 0,
             missing: 0,
             paused: None,
-        };
-        let said = session
-            .conversation
-            .say(&Message::Machine { bytes: &description });
-        said.map_err(|error| session.lost(error))?;
-        session.unit = session.await_step(Step::Prepared, PATIENCE * 3)?.into();
-        session.start_channels(connections)?;
-        Ok(session)
+        })
+    }
+
+    /// Has the destination make a VM like this one.
+    fn prepare(&mut self) -> Result<(), MigrationError> {
+        let description = self
+            .parts
+            .describe(self.options.mode, self.connections)
+            .encode()?;
+        let said = self.conversation.say(&Message::Machine { bytes: &description });
+        said.map_err(|error| self.lost(error))?;
+        self.unit = self.await_step(Step::Prepared, PATIENCE * 3)?.into();
+        self.start_channels()
     }
 
     /// The channels for RAM, each with its thread.
-    fn start_channels(&self, connections: usize) -> Result<(), MigrationError> {
+    fn start_channels(&self) -> Result<(), MigrationError> {
         let kinds = [ChannelKind::Demand]
             .into_iter()
-            .chain(vec![ChannelKind::Background; connections]);
+            .chain(vec![ChannelKind::Background; self.connections]);
         for (index, kind) in kinds.enumerate() {
             let opened = self.dialer.call(kind, self.dialer.session)?;
             let channel = DataChannel {
@@ -496,6 +503,12 @@ impl Session {
         self.push.end();
         self.server.stopper().stop();
         self.dialer.hang_up();
+        let handed_over = matches!(self.ongoing.lock().status.phase, Phase::InDoubt | Phase::Postcopy);
+        if handed_over && matches!(result, Err(MigrationError::Ended)) {
+            // It ended here while it may run there: what stands still must not go on on its way to the end, and what is written down
+            // is for who asks where the VM is.
+            return result;
+        }
         if result.is_err() {
             self.record.remove();
             if let Some(tracker) = self.tracker.take() {
@@ -509,6 +522,7 @@ impl Session {
     }
 
     fn move_out(&mut self) -> Result<MigrationSummary, MigrationError> {
+        self.prepare()?;
         self.record
             .write("sending")
             .map_err(|source| self.unwritable(source))?;
