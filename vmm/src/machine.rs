@@ -679,7 +679,7 @@ fn start_pager(
             tracing::info!("all pages are present");
             control.tell(&Event::AllPagesPresent);
             if let Some(arrival) = &arrival {
-                arrival.complete();
+                arrival.has_all();
             }
         }
         Notice::SourceLost(why) => control.tell(&Event::SourceLost(why)),

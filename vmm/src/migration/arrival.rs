@@ -14,7 +14,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -101,6 +101,8 @@ struct Shared {
     /// Readable when there is a state to begin in, or none will come.
     wake: EventFd,
     callers: Arc<Callers>,
+    /// What asks them for pages, as soon as there is somebody who needs any.
+    source: OnceLock<Arc<RemoteSource>>,
     /// What says something on the control channel.
     voice: Mutex<Option<Sender>>,
     began: Instant,
@@ -172,6 +174,7 @@ impl Arrival {
             changed: Condvar::new(),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ArrivalError::Os)?,
             callers: Arc::new(Callers::new("migration:source")),
+            source: OnceLock::new(),
             voice: Mutex::default(),
             began: Instant::now(),
         });
@@ -269,8 +272,14 @@ impl Arrival {
                 .map_or(1, |machine| machine.connections as usize),
             ..RemoteOptions::default()
         };
-        let source = RemoteSource::called(Arc::clone(&self.shared.callers), landing.region.pages(), options);
-        Ok((Arc::clone(&landing.states), Arc::new(source)))
+        let pages = landing.region.pages();
+        let source = Arc::new(RemoteSource::called(
+            Arc::clone(&self.shared.callers),
+            pages,
+            options,
+        ));
+        let _ = self.shared.source.set(Arc::clone(&source));
+        Ok((Arc::clone(&landing.states), source))
     }
 
     /// The machine is about to run, if it is this side's: true. False: it is not, and never will be.
@@ -303,8 +312,17 @@ impl Arrival {
         self.shared.say_step(state);
     }
 
-    /// It has all of its pages, or needs no more.
-    pub(crate) fn complete(&self) {
+    /// It has all of its pages.
+    pub(crate) fn has_all(&self) {
+        // First: the source ends when it hears of it, and nobody is to miss it.
+        if let Some(source) = self.shared.source.get() {
+            source.has_all();
+        }
+        self.complete();
+    }
+
+    /// It needs no more pages.
+    fn complete(&self) {
         let mut state = self.shared.lock();
         state.has_all = true;
         if state.phase == Phase::Mine {
