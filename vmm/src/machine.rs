@@ -458,7 +458,7 @@ fn run_to_the_end(
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
     let restore_error = vcpus.restore_error();
-    let not_arrived = end_arrival(parts.arrival.as_ref(), restore_error.as_ref());
+    let not_arrived = end_arrival(parts.arrival.as_ref(), restore_error.as_ref(), failure.get());
     control.stopped();
     vcpus.end();
     let all_stopped = threads.end_within(VCPU_GRACE);
@@ -480,7 +480,7 @@ fn run_to_the_end(
         report.set_pager(&stats, &region, started);
         report.set_source(config.source.url(), stats.source);
         report.migration = control.migration_report(&stats);
-        if failure.get().is_some() {
+        if failure.get().is_some() && not_arrived.is_none() {
             report.lost_pages = Some(lost_pages(&pager.pages().0));
         }
         report.process = own_memory(config, &region, pager.table_size());
@@ -558,17 +558,23 @@ fn take_over(parts: &Arc<Parts>, stopper: Stopper) -> Result<(), MachineError> {
 }
 
 /// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
-fn end_arrival(arrival: Option<&Arrival>, restore_error: Option<&MachineError>) -> Option<ArrivalError> {
+fn end_arrival(
+    arrival: Option<&Arrival>,
+    restore_error: Option<&MachineError>,
+    failure: Option<&Arc<PagerError>>,
+) -> Option<ArrivalError> {
     let arrival = arrival?;
     let error = arrival.error();
-    match restore_error {
-        Some(error) => arrival.give_up(&chain(error)),
-        None => arrival.give_up("it was stopped where the VM was to go"),
+    match (restore_error, failure) {
+        (Some(error), _) => arrival.give_up(&chain(error)),
+        (None, Some(error)) => arrival.give_up(&chain(error)),
+        (None, None) => arrival.give_up("it was stopped where the VM was to go"),
     }
     if arrival.is_mine() {
         arrival.finish();
     }
-    error
+    // Before it was this side's, a page that cannot be had is a migration that failed.
+    error.or_else(|| failure.and_then(|_| arrival.error()))
 }
 
 /// The console, and the bus that its serial port is on.

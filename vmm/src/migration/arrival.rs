@@ -458,9 +458,10 @@ impl Shared {
         state.error = Some(error);
         self.record(&state, "never-ran");
         drop(state);
+        // Before anybody hears of it here: with them this process ends.
+        self.say(Step::Abort, 0, &text);
         self.changed.notify_all();
         let _ = self.wake.write(1);
-        self.say(Step::Abort, 0, &text);
     }
 
     /// Says something, if anybody can hear it; it is said again to who calls later.
@@ -496,21 +497,29 @@ impl Shared {
             *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
             self.say_step(self.lock());
             let heard = self.hear(receiver, &stream);
-            *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            let _ = stream.shutdown();
             let phase = self.lock().phase;
-            match heard {
+            let over = match heard {
                 Ok(Heard::Goodbye) => {
                     self.lock().done = true;
                     self.changed.notify_all();
-                    return;
+                    true
                 }
-                Ok(Heard::Enough) => {}
+                Ok(Heard::Enough) => false,
                 // Whose the machine is, the source will say when it calls again.
                 Err(ArrivalError::Lost(error)) if phase >= Phase::Loaded => {
                     tracing::info!(error = &error as &dyn std::error::Error, "control channel lost");
+                    false
                 }
-                Err(error) => self.end(error),
+                // While the source can still hear why.
+                Err(error) => {
+                    self.end(error);
+                    false
+                }
+            };
+            *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let _ = stream.shutdown();
+            if over {
+                return;
             }
         }
     }

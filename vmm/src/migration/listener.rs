@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use umem::call::Opened;
 use umem::channel::{ChannelError, Receiver, Sender};
 use umem::link::{Listener, Stream};
-use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome};
+use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome, WireError};
 
 use super::PATIENCE;
 
@@ -136,6 +136,16 @@ fn answer(stream: Stream, host: &impl Host) -> Option<(ChannelKind, Opened)> {
         },
         // `Incoming` lets nothing else through.
         Ok(_) => return None,
+        // It is told what it does not know by itself: that it speaks another version, for example.
+        Err(ChannelError::Protocol(error))
+            if !matches!(
+                error,
+                WireError::HeaderChecksum | WireError::PayloadChecksum { .. }
+            ) =>
+        {
+            refuse(&mut sender, error.refuse_code(), &error.to_string());
+            return None;
+        }
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "caller sent away: it did not say hello");

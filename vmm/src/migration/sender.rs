@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use umem::call::{self, CallError, Opened};
 use umem::channel::{ChannelError, Receiver, Sender};
 use umem::link::{Credentials, Stream};
+use umem::region::PageSize;
 use umem::server::Server;
 use umem::source::remote::MAX_CONNECTIONS;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -421,7 +422,17 @@ impl Session {
             .encode()?;
         let said = self.conversation.say(&Message::Machine { bytes: &description });
         said.map_err(|error| self.lost(error))?;
-        self.unit = self.await_step(Step::Prepared, PATIENCE * 3)?.into();
+        let unit = self.await_step(Step::Prepared, PATIENCE * 3)?;
+        if ![PageSize::Small, PageSize::Huge]
+            .iter()
+            .any(|size| size.pages() == u64::from(unit))
+        {
+            return Err(MigrationError::Refused {
+                destination: self.dialer.destination(),
+                reason: format!("it has pages of {unit} times 4 KiB"),
+            });
+        }
+        self.unit = unit.into();
         self.start_channels()
     }
 
