@@ -46,7 +46,12 @@ impl Instance {
 
     /// A VM whose guest counts rounds, some of which are done.
     pub fn running(vm: Vm) -> Self {
-        let (vm, api) = Api::start_until(vm, "round=3 ");
+        Self::running_until(vm, "round=3 ")
+    }
+
+    /// A VM whose guest has said this.
+    pub fn running_until(vm: Vm, output: &str) -> Self {
+        let (vm, api) = Api::start_until(vm, output);
         Self {
             vm,
             api,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::program::{Finished, Program, Running};
+use crate::program::{self, Finished, Program, Running};
 use crate::scratch::Scratch;
 
 /// A VM to be run. Its report goes to a directory of its own.
@@ -19,6 +19,7 @@ pub struct Vm {
     memory: Vec<String>,
     args: Vec<OsString>,
     patience: Option<Duration>,
+    network: Option<String>,
 }
 
 impl Vm {
@@ -62,6 +63,12 @@ impl Vm {
         self
     }
 
+    /// In which network namespace it runs, by its name.
+    pub fn network_namespace(mut self, name: &str) -> Self {
+        self.network = Some(name.to_owned());
+        self
+    }
+
     /// How long it may take.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = Some(patience);
@@ -86,7 +93,14 @@ impl Vm {
     pub fn start_with(self, change: impl FnOnce(Program) -> Program) -> RunningVm {
         let scratch = Scratch::new();
         let report = scratch.path("report.json");
-        let mut program = Program::umem(self.args(&report));
+        let mut program = match &self.network {
+            None => Program::umem(self.args(&report)),
+            // It becomes the program.
+            Some(name) => Program::new("ip")
+                .args(["netns", "exec", name])
+                .arg(program::umem())
+                .args(self.args(&report)),
+        };
         if let Some(patience) = self.patience {
             program = program.patience(patience);
         }

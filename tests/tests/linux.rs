@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tests::linux::{initramfs, kernel};
+use tests::moving::{Instance, MODES, assert_migrated, guest_output};
 use tests::need;
 use tests::program::Program;
 use tests::random::Random;
@@ -163,6 +164,67 @@ fn it_boots_from_a_page_server_and_resets() {
     assert_ended(&vm, "reset", 65);
     assert_eq!(number(&vm, "cpus="), 2);
     server.stop();
+}
+
+/// In every mode, while it checksums a file over and over: every sum is right, and neither of its clocks ever goes back.
+#[test]
+fn it_moves_while_it_works() {
+    need!(kernel());
+    let mut random = Random::seeded();
+    let content: Vec<u8> = (0..16 * MIB / 8)
+        .flat_map(|_| random.number().to_le_bytes())
+        .collect();
+    let linux = Linux::new(
+        r#"
+        while true; do
+            sum=$(md5sum </content)
+            echo "sum=${sum%% *} uptime=$(cut -d' ' -f1 /proc/uptime) time=$(date +%s)"
+        done"#,
+        &[("content", &content)],
+    );
+    let file = linux.scratch.file("content", &content);
+    let expected = Program::new("/bin/busybox").arg("md5sum").arg(file).run();
+    let expected = format!("sum={}", &expected.stdout[..32]);
+    let image = linux.image("256M", COMMAND_LINE);
+    let vm = Vm::from_image(&image)
+        .memory("fill=sequential")
+        .cpus(2)
+        .patience(PATIENCE);
+    let sums = |instance: &Instance| instance.guest_output().matches("sum=").count();
+    let wait_for_more = |instance: &Instance| {
+        let before = sums(instance);
+        instance.wait_until("two more sums", |_| sums(instance) > before + 2);
+    };
+    let mut instance = Instance::running_until(vm, "sum=");
+    let mut output = String::new();
+    for mode in MODES {
+        wait_for_more(&instance);
+        let listen = format!("unix:{}", linux.scratch.path(mode).display());
+        let next = Instance::waiting_with(Vm::arriving(&listen).patience(PATIENCE));
+        let sent = instance.send(&next.url, &format!(",memory_mode={mode}")).finish();
+        sent.assert_code(0);
+        println!("{mode}: {}", sent.stdout.replace('\n', " "));
+        let left = instance.finish();
+        assert_migrated(&left, mode);
+        output.push_str(&guest_output(&left.stdout));
+        instance = next;
+    }
+    wait_for_more(&instance);
+    output.push_str(&guest_output(&instance.stop().stdout));
+    let whole = &output[..output.rfind('\n').unwrap()];
+    let mut clocks = (0.0, 0);
+    for line in whole.lines().filter(|line| line.starts_with("sum=")) {
+        let words: Vec<&str> = line.trim().split(' ').collect();
+        assert_eq!(words[0], expected, "{output}");
+        let after = |word: &str, key: &str| word.strip_prefix(key).unwrap().to_owned();
+        let uptime: f64 = after(words[1], "uptime=").parse().unwrap();
+        let time: u64 = after(words[2], "time=").parse().unwrap();
+        assert!(
+            uptime >= clocks.0 && time >= clocks.1,
+            "a clock went back\n{output}"
+        );
+        clocks = (uptime, time);
+    }
 }
 
 #[test]
