@@ -5,6 +5,8 @@
 //! workload=verify pages=all|N seed=S order=seq|random full=on|off
 //! workload=touch  pages=all|N order=seq|random|stride rounds=R seed=S stride=P
 //! workload=dirty  pages=all|N order=seq|random|stride rounds=R|forever seed=S stride=P
+//! workload=watch  pages=all|N rounds=R|forever period_us=P
+//! workload=balloon pages=all|N how=inflate|report|target wait=on|off rounds=R order=… seed=S stride=P
 //! workload=fault  kind=page-fault|invalid-opcode|double-fault|panic
 //! ```
 //!
@@ -55,10 +57,43 @@ pub enum Workload {
         /// How often; `None` is for ever.
         rounds: Option<u64>,
     },
+    /// Write to every page, then only look at the clock.
+    Watch {
+        /// How many.
+        pages: Pages,
+        /// How often to tell; `None` is for ever.
+        rounds: Option<u64>,
+        /// How long a round takes, in microseconds.
+        period_us: u64,
+    },
     /// Let tasks touch pages while others work.
     Tasks(Tasks),
+    /// Give pages back by the balloon, and use them again.
+    Balloon {
+        /// How many.
+        pages: Pages,
+        /// In which order.
+        order: Order,
+        /// By which queue.
+        how: How,
+        /// Whether it waits for another target before it gives pages, and before it uses them again.
+        wait: bool,
+        /// How often.
+        rounds: u64,
+    },
     /// Fail on purpose, to show how that is reported.
     Fault(FaultKind),
+}
+
+/// How [`Workload::Balloon`] gives pages back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// It puts all of them into the balloon and takes them out again.
+    Inflate,
+    /// It reports them as free.
+    Report,
+    /// It puts as many into the balloon as that is to hold, until it is to hold none any more.
+    Target,
 }
 
 /// What [`Workload::Tasks`] does.
@@ -131,7 +166,7 @@ impl fmt::Display for Error<'_> {
             Error::UnknownWorkload(word) => {
                 write!(
                     f,
-                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|tasks|fault"
+                    "error=unknown_workload word={word} expected=hello|verify|touch|dirty|watch|tasks|balloon|fault"
                 )
             }
             Error::UnknownOption(word) => write!(f, "error=unknown_option word={word}"),
@@ -162,7 +197,9 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
         "hello" => [].as_slice(),
         "verify" => &["pages", "seed", "order", "full"],
         "touch" | "dirty" => &["pages", "order", "rounds", "seed", "stride"],
+        "watch" => &["pages", "rounds", "period_us"],
         "tasks" => &["tasks", "faulting", "pages", "seed", "order", "patience"],
+        "balloon" => &["pages", "how", "wait", "rounds", "order", "seed", "stride"],
         "fault" => &["kind"],
         _ => return Err(Error::UnknownWorkload(options.word("workload"))),
     };
@@ -182,12 +219,15 @@ pub fn parse(line: &str) -> Result<Workload, Error<'_>> {
         "dirty" => Ok(Workload::Dirty {
             pages: options.pages()?,
             order: options.order()?,
-            rounds: match options.value("rounds")? {
-                Some("forever") => None,
-                _ => Some(options.number("rounds", 1, 1)?),
-            },
+            rounds: options.rounds()?,
+        }),
+        "watch" => Ok(Workload::Watch {
+            pages: options.pages()?,
+            rounds: options.rounds()?,
+            period_us: options.number("period_us", 100_000, 1)?,
         }),
         "tasks" => options.tasks().map(Workload::Tasks),
+        "balloon" => options.balloon(),
         "fault" => options.fault(),
         _ => Ok(Workload::Hello),
     }
@@ -249,6 +289,14 @@ impl<'a> Options<'a> {
         }
     }
 
+    /// How often; `None` is for ever.
+    fn rounds(&self) -> Result<Option<u64>, Error<'a>> {
+        match self.value("rounds")? {
+            Some("forever") => Ok(None),
+            _ => self.number("rounds", 1, 1).map(Some),
+        }
+    }
+
     fn order(&self) -> Result<Order, Error<'a>> {
         let order = match self.value("order")? {
             None | Some("seq") => Order::Sequential,
@@ -306,6 +354,45 @@ impl<'a> Options<'a> {
                 expected: "seq|random",
             }),
         }
+    }
+
+    fn balloon(&self) -> Result<Workload, Error<'a>> {
+        let how = match self.value("how")? {
+            None | Some("inflate") => How::Inflate,
+            Some("report") => How::Report,
+            Some("target") => How::Target,
+            Some(_) => {
+                return Err(Error::BadValue {
+                    word: self.word("how"),
+                    expected: "inflate|report|target",
+                });
+            }
+        };
+        for key in ["rounds", "wait"] {
+            if how == How::Target && self.value(key)?.is_some() {
+                return Err(Error::Needs {
+                    word: self.word(key),
+                    other: "how=inflate|report",
+                });
+            }
+        }
+        let wait = match self.value("wait")? {
+            None | Some("off") => false,
+            Some("on") => true,
+            Some(_) => {
+                return Err(Error::BadValue {
+                    word: self.word("wait"),
+                    expected: "on|off",
+                });
+            }
+        };
+        Ok(Workload::Balloon {
+            pages: self.pages()?,
+            order: self.order()?,
+            how,
+            wait,
+            rounds: self.number("rounds", 1, 1)?,
+        })
     }
 
     fn tasks(&self) -> Result<Tasks, Error<'a>> {
@@ -429,6 +516,14 @@ mod tests {
                 rounds: None
             })
         );
+        assert_eq!(
+            parse("workload=watch pages=3 rounds=forever period_us=500"),
+            Ok(Workload::Watch {
+                pages: Pages::First(3),
+                rounds: None,
+                period_us: 500
+            })
+        );
     }
 
     #[test]
@@ -437,7 +532,7 @@ mod tests {
         for (line, expected) in [
             (
                 "workload=nap",
-                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|tasks|fault",
+                "error=unknown_workload word=workload=nap expected=hello|verify|touch|dirty|watch|tasks|balloon|fault",
             ),
             (
                 "workload=tasks tasks=129",
@@ -501,12 +596,48 @@ mod tests {
                 "error=useless_option word=stride=4 needs=order=stride",
             ),
             (
+                "workload=balloon how=much",
+                "error=bad_value word=how=much expected=inflate|report|target",
+            ),
+            (
+                "workload=balloon how=target rounds=2",
+                "error=useless_option word=rounds=2 needs=how=inflate|report",
+            ),
+            (
+                "workload=balloon wait=long",
+                "error=bad_value word=wait=long expected=on|off",
+            ),
+            (
                 "workload=dirty order=stride seed=4",
                 "error=useless_option word=seed=4 needs=order=random",
             ),
         ] {
             assert_eq!(message(line), expected, "{line}");
         }
+    }
+
+    #[test]
+    fn a_balloon_is_used_as_it_is_said() {
+        assert_eq!(
+            parse("workload=balloon"),
+            Ok(Workload::Balloon {
+                pages: Pages::All,
+                order: Order::Sequential,
+                how: How::Inflate,
+                wait: false,
+                rounds: 1
+            })
+        );
+        assert_eq!(
+            parse("workload=balloon pages=5 how=report wait=on rounds=3 order=random seed=2"),
+            Ok(Workload::Balloon {
+                pages: Pages::First(5),
+                order: Order::Random { seed: 2 },
+                how: How::Report,
+                wait: true,
+                rounds: 3
+            })
+        );
     }
 
     #[test]
@@ -521,7 +652,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_line_panics(line in "(workload=(verify|touch|dirty|tasks|x)| |pages=|order=|seed=|[a-z0-9=é]{0,4}){0,9}") {
+        fn no_line_panics(line in "(workload=(verify|touch|dirty|watch|tasks|balloon|x)| |pages=|order=|seed=|how=|[a-z0-9=é]{0,4}){0,9}") {
             if let Err(error) = parse(&line) {
                 prop_assert!(error.to_string().starts_with("error="));
             }

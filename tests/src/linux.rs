@@ -31,6 +31,23 @@ pub fn kernel() -> Result<PathBuf, String> {
     Ok(kernel)
 }
 
+/// Modules of that kernel, in the order in which they are given, or why they cannot be had: those of the kernel that runs here, which
+/// in the machine of scripts/nested-kvm is the same.
+pub fn modules(directory: &str, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>, String> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|error| error.to_string())?;
+    let directory = PathBuf::from("/lib/modules")
+        .join(release.trim())
+        .join("kernel")
+        .join(directory);
+    let module = |name: &&str| {
+        let name = format!("{name}.ko");
+        let path = directory.join(&name);
+        let content = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok((name, content))
+    };
+    names.iter().map(module).collect()
+}
+
 /// An initramfs whose first process is busybox's `init`: it runs the shell commands `setup`, and then a shell on the console.
 /// `files` are names in its root, and contents.
 pub fn initramfs(setup: &str, files: &[(&str, &[u8])]) -> Vec<u8> {

@@ -245,6 +245,11 @@ impl Running {
         self.stdout.text()
     }
 
+    /// What it has written to standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
     /// Sends it a signal. It is not yet waited for, so its id belongs to nobody else.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid, signal).unwrap();

@@ -10,6 +10,7 @@ mod plan;
 mod socket;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -17,11 +18,30 @@ use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
 use umem::units::PageIndex;
-use umem::wire::ChannelKind;
+use umem::wire::{ChannelKind, Message};
 
 use self::connection::Connection;
 pub use self::plan::{Direction, Fault, Kind, Plan};
 use crate::program::Running;
+
+/// Which message is waited for: told whither it goes, and what it says.
+type Awaited = Box<dyn Fn(Direction, &Message<'_>) -> bool + Send>;
+
+/// A message that is waited for, and what becomes of it.
+#[derive(Default)]
+struct Stop {
+    awaited: Option<Awaited>,
+    /// It has come, and nothing more passes that way of its connection.
+    held: bool,
+}
+
+impl fmt::Debug for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stop")
+            .field("held", &self.held)
+            .finish_non_exhaustive()
+    }
+}
 
 /// What has passed, and what was done to it.
 #[derive(Clone, Debug, Default)]
@@ -83,6 +103,11 @@ struct State {
     /// Nothing passes once this many bytes have.
     hold_at: Option<u64>,
     held: bool,
+    stop: Stop,
+    /// No connection is taken.
+    down: bool,
+    /// Bytes a second, in both directions together, and when the next may pass.
+    throttle: Option<(u64, Instant)>,
     ending: bool,
 }
 
@@ -142,6 +167,48 @@ impl Proxy {
         self.shared.changed.notify_all();
     }
 
+    /// Holds back the first message of which this holds, and what comes after it on its way of its connection; all else passes.
+    pub fn hold_message(&self, awaited: impl Fn(Direction, &Message<'_>) -> bool + Send + 'static) {
+        self.shared.lock().stop = Stop {
+            awaited: Some(Box::new(awaited)),
+            held: false,
+        };
+    }
+
+    /// Waits until it has come, but not for longer than the program runs; false if it has ended before.
+    pub fn wait_for_message(&self, program: &Running) -> bool {
+        self.wait(program, |state| state.stop.held)
+    }
+
+    /// Lets it pass.
+    pub fn release_message(&self) {
+        self.shared.lock().stop = Stop::default();
+        self.shared.changed.notify_all();
+    }
+
+    /// The link goes down: all connections end, what was held back with them, and none is made until [`Self::link_up`].
+    pub fn link_down(&self) {
+        let open: Vec<_> = {
+            let mut state = self.shared.lock();
+            state.down = true;
+            state.open.values().cloned().collect()
+        };
+        for connection in open {
+            connection.cut();
+        }
+        self.release_message();
+    }
+
+    /// Connections are taken again.
+    pub fn link_up(&self) {
+        self.shared.lock().down = false;
+    }
+
+    /// From now on so many bytes pass in a second.
+    pub fn throttle(&self, bytes_per_second: Option<u64>) {
+        self.shared.lock().throttle = bytes_per_second.map(|rate| (rate, Instant::now()));
+    }
+
     /// Waits for something to have happened, but not for longer than the program runs; false if it has ended before.
     pub fn wait_until(&self, program: &Running, condition: impl Fn(&Record) -> bool) -> bool {
         self.wait(program, |state| condition(&state.record))
@@ -198,7 +265,7 @@ impl Shared {
             let mut state = self.lock();
             let index = state.record.connections;
             state.record.connections += 1;
-            let refused = state.refuse > 0;
+            let refused = state.refuse > 0 || state.down;
             state.refuse = state.refuse.saturating_sub(1);
             let ending = state.ending || state.record.gone.is_some();
             drop(state);
@@ -223,7 +290,10 @@ impl Shared {
             });
             threads.extend(ways);
             // It ended between being taken and being listed.
-            if self.lock().ending || self.lock().record.gone.is_some() {
+            let state = self.lock();
+            let over = state.ending || state.down || state.record.gone.is_some();
+            drop(state);
+            if over {
                 connection.cut();
             }
         }
@@ -251,6 +321,47 @@ impl Shared {
                 .wait_timeout_while(state, longest, |state| !state.ending && !condition(state))
                 .unwrap_or_else(PoisonError::into_inner),
         );
+    }
+
+    /// Waits for as long as this message is held back.
+    fn hold(&self, connection: &Connection, towards: Direction, message: Option<&Message<'_>>) {
+        let Some(message) = message else { return };
+        let mut state = self.lock();
+        if state
+            .stop
+            .awaited
+            .as_ref()
+            .is_none_or(|awaited| !awaited(towards, message))
+        {
+            return;
+        }
+        state.stop = Stop {
+            awaited: None,
+            held: true,
+        };
+        self.changed.notify_all();
+        while state.stop.held && !state.ending && !connection.is_over() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until so much may pass.
+    fn pace(&self, bytes: usize) {
+        let mut state = self.lock();
+        let Some((rate, next)) = state.throttle else {
+            return;
+        };
+        let now = Instant::now();
+        let at = next.max(now);
+        state.throttle = Some((rate, at + Duration::from_secs_f64(bytes as f64 / rate as f64)));
+        while !state.ending && state.throttle.is_some() {
+            let left = at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Counts what is about to pass, once it may.

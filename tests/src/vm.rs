@@ -8,15 +8,18 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::program::{Finished, Program, Running};
+use crate::program::{self, Finished, Program, Running};
 use crate::scratch::Scratch;
 
 /// A VM to be run. Its report goes to a directory of its own.
 #[derive(Debug, Default)]
 pub struct Vm {
+    /// Where another instance's VM is waited for: `umem receive` in place of `umem run`.
+    listen: Option<OsString>,
     memory: Vec<String>,
     args: Vec<OsString>,
     patience: Option<Duration>,
+    network: Option<String>,
 }
 
 impl Vm {
@@ -28,6 +31,14 @@ impl Vm {
     /// A VM from an image.
     pub fn from_image(image: &Path) -> Self {
         Self::default().memory(&format!("source=file:{}", image.display()))
+    }
+
+    /// A VM that comes from another instance, which is waited for at `listen`.
+    pub fn arriving(listen: &str) -> Self {
+        Self {
+            listen: Some(listen.into()),
+            ..Self::default()
+        }
     }
 
     /// Adds to `--memory`.
@@ -52,6 +63,12 @@ impl Vm {
         self
     }
 
+    /// In which network namespace it runs, by its name.
+    pub fn network_namespace(mut self, name: &str) -> Self {
+        self.network = Some(name.to_owned());
+        self
+    }
+
     /// How long it may take.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = Some(patience);
@@ -60,7 +77,11 @@ impl Vm {
 
     /// All arguments of `umem`, with the report going to `report`.
     pub fn args(&self, report: &Path) -> Vec<OsString> {
-        let mut args: Vec<OsString> = vec!["run".into(), "--report".into(), report.into()];
+        let mut args: Vec<OsString> = match &self.listen {
+            None => vec!["run".into()],
+            Some(listen) => vec!["receive".into(), "--listen".into(), listen.clone()],
+        };
+        args.extend(["--report".into(), report.into()]);
         if !self.memory.is_empty() {
             args.extend(["--memory".into(), self.memory.join(",").into()]);
         }
@@ -72,7 +93,14 @@ impl Vm {
     pub fn start_with(self, change: impl FnOnce(Program) -> Program) -> RunningVm {
         let scratch = Scratch::new();
         let report = scratch.path("report.json");
-        let mut program = Program::umem(self.args(&report));
+        let mut program = match &self.network {
+            None => Program::umem(self.args(&report)),
+            // It becomes the program.
+            Some(name) => Program::new("ip")
+                .args(["netns", "exec", name])
+                .arg(program::umem())
+                .args(self.args(&report)),
+        };
         if let Some(patience) = self.patience {
             program = program.patience(patience);
         }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use tests::api::Api;
 use tests::need;
 use tests::program::{Finished, Program, Running};
 use tests::random::Random;
@@ -198,4 +199,41 @@ fn what_cannot_be_attached_is_said() {
     std::io::Write::write_all(&mut garbage, &[0xff; 100]).unwrap();
     drop(garbage);
     stop(running);
+}
+
+/// This process cannot ask for what only the pager has, so there is a snapshot when all pages are there, and a clear word before.
+#[test]
+fn a_snapshot_waits_for_all_pages() {
+    need!(tests::host::kvm());
+    let scratch = Scratch::new();
+    let image = tests::snapshot::make_image(&scratch, "24M", tests::snapshot::DIRTY);
+    let socket = scratch.path("pager");
+    let pager = pager(&socket, &image);
+    let directory = scratch.path("snapshot");
+    let destination = format!("destination_url=file:{}", directory.display());
+
+    let (vm, api) = Api::start_until(attached(&socket, "300s").cpus(2), "round=2 ");
+    let refused = api.ctl(&["snapshot", &destination]);
+    refused.assert_code(1);
+    for words in ["pages are not loaded yet", "fill=sequential", "all-pages-present"] {
+        assert!(refused.stderr.contains(words), "{refused}");
+    }
+    assert!(!directory.exists());
+    let before = vm.stdout().len();
+    vm.wait_until("it goes on", |vm| vm.stdout()[before..].contains("round="));
+    api.shutdown();
+    vm.finish().assert_code(0);
+
+    let (vm, api) = Api::start(attached(&socket, "300s").memory("fill=sequential").cpus(2));
+    let mut events = api.events();
+    if api.info()["pages"]["absent"] != 0 {
+        events.wait_for("memory", "all-pages-present");
+    }
+    vm.wait_for_output("round=2 ");
+    // Nobody is needed for it any more.
+    stop(pager);
+    api.ctl(&["snapshot", &format!("{destination},then=stop")])
+        .assert_code(0);
+    vm.finish().assert_code(0);
+    tests::snapshot::assert_goes_on(&directory, &[]);
 }

@@ -3,14 +3,13 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use tests::in_process::{self, Machine};
 use tests::need;
 use umem::image::ReadError;
-use umem::pager::{Fill, PagerOptions};
-use umem::region::{Backing, PageSize};
 use umem::source::zero::ZeroSource;
 use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
 use umem::units::PageRange;
@@ -18,15 +17,12 @@ use vmm::boot::{Kernel, Layout, LayoutConfig, LayoutSource};
 use vmm::control::{Control, Event, PauseError, ResumeError, VmState};
 use vmm::ending::Ending;
 use vmm::kvm::{AsyncPageFaults, ExitReason};
-use vmm::machine::{self, Firmware, MachineConfig, Outcome, SerialLine, Start};
-use vmm::ram_source::RamSource;
-use vmm::report::Report;
-use vmm::thread_placement::Placement;
+use vmm::machine::{Firmware, MachineConfig, Outcome, Start};
 
 const RAM: u64 = 64 << 20;
 
 /// The built-in guest that is told `command_line`, over pages from `base`.
-fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineConfig {
+fn config(command_line: &str, base: Arc<dyn PageSource>) -> MachineConfig {
     let layout = Layout::build(&LayoutConfig {
         ram_size: RAM,
         kernel: Kernel::BuiltIn,
@@ -34,49 +30,17 @@ fn config(command_line: &str, cpus: u32, base: Arc<dyn PageSource>) -> MachineCo
         command_line: Some(command_line.into()),
     })
     .unwrap();
+    let start = Start::Boot {
+        entry: layout.boot_info(),
+        firmware: Firmware::BuiltIn,
+    };
     MachineConfig {
-        ram: layout.ram(),
-        start: Start::Boot {
-            entry: layout.boot_info(),
-            firmware: Firmware::BuiltIn,
-        },
-        serial_line: SerialLine::File(Arc::new(tempfile::tempfile().unwrap())),
-        source: RamSource::Source(Arc::new(LayoutSource::new(layout, base))),
-        backing: Backing::Memfd,
-        page_size: PageSize::Small,
-        pager: PagerOptions::from(Fill::Off),
-        recording: None,
-        cpus,
         async_pf: AsyncPageFaults::Off,
-        placement: Placement::Free,
-        track_dirty: false,
+        ..in_process::config(layout.ram(), start, Arc::new(LayoutSource::new(layout, base)))
     }
 }
 
-/// Runs it in a thread of its own.
-fn start(config: MachineConfig, control: &Control) -> thread::JoinHandle<Outcome> {
-    let control = control.clone();
-    thread::spawn(move || {
-        let mut report = Report::default();
-        machine::run(&config, &control, Instant::now(), &mut report).unwrap()
-    })
-}
-
-/// Waits for something that is told.
-fn wait_for_state(control: &Control, state: VmState) -> mpsc::Receiver<Event> {
-    let (tell, told) = mpsc::channel();
-    control.observe(move |event| drop(tell.send(event.clone())));
-    if control.state() != state {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !matches!(
-            told.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap(),
-            Event::State(told) if told == state
-        ) {}
-    }
-    told
-}
-
-fn exits(control: &Control) -> u64 {
+fn port_writes(control: &Control) -> u64 {
     let exits = control.counters().unwrap().exits;
     let mut exits = exits.iter();
     exits
@@ -101,29 +65,32 @@ fn paused_vcpus_stand_still_and_go_on() {
         Err(PauseError::WrongState(VmState::Booting))
     ));
     assert!(control.counters().is_none());
-    let vm = start(
-        config("workload=dirty pages=64 rounds=forever", 2, Arc::new(ZeroSource)),
-        &control,
+    let vm = Machine::start_under(
+        control.clone(),
+        MachineConfig {
+            cpus: 2,
+            ..config("workload=dirty pages=64 rounds=forever", Arc::new(ZeroSource))
+        },
     );
-    wait_for_state(&control, VmState::Running);
+    vm.wait_until_it_runs();
     for _ in 0..50 {
         control.pause().unwrap();
         assert_eq!(control.state(), VmState::Paused);
         assert!(matches!(control.pause(), Err(PauseError::AlreadyPaused)));
-        let before = exits(&control);
+        let before = port_writes(&control);
         thread::sleep(Duration::from_millis(5));
-        assert_eq!(exits(&control), before, "a paused vCPU made an exit");
+        assert_eq!(port_writes(&control), before, "a paused vCPU made an exit");
         control.resume().unwrap();
         assert!(matches!(control.resume(), Err(ResumeError::WrongState(_))));
         let deadline = Instant::now() + Duration::from_secs(30);
-        while exits(&control) == before {
+        while port_writes(&control) == before {
             assert!(Instant::now() < deadline, "a resumed vCPU makes no exit");
             thread::yield_now();
         }
     }
     control.pause().unwrap();
     control.shutdown().unwrap();
-    assert!(matches!(vm.join().unwrap(), Outcome::Ended(Ending::Stopped)));
+    assert!(matches!(vm.end(), Outcome::Ended(Ending::Stopped)));
     assert_eq!(control.state(), VmState::Stopped);
     assert!(control.shutdown().is_err());
     assert!(matches!(
@@ -184,9 +151,8 @@ impl PageSource for HeldBack {
 fn a_pause_ends_though_a_vcpu_waits_for_a_page() {
     need!(tests::host::kvm());
     let source = Arc::new(HeldBack(Mutex::new(false), std::sync::Condvar::new()));
-    let control = Control::new();
-    let vm = start(config("workload=dirty rounds=2", 1, source.clone()), &control);
-    wait_for_state(&control, VmState::Running);
+    let vm = Machine::running(config("workload=dirty rounds=2", source.clone()));
+    let control = vm.control.clone();
     let deadline = Instant::now() + Duration::from_secs(30);
     while control.state() != VmState::WaitingForPages {
         assert!(Instant::now() < deadline, "it does not wait for a page");
@@ -211,7 +177,7 @@ fn a_pause_ends_though_a_vcpu_waits_for_a_page() {
     }
     *source.0.lock().unwrap() = true;
     source.1.notify_all();
-    let outcome = vm.join().unwrap();
+    let outcome = vm.end();
     assert!(
         matches!(outcome, Outcome::Ended(Ending::GuestExit(0))),
         "{outcome:?}"

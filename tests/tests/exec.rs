@@ -1,4 +1,4 @@
-//! `umem exec`: a program in C that opens `/dev/ummunotify` and knows of nothing else.
+//! `umem exec`: programs in C that open `/dev/ummunotify` or `/dev/umem` and know of nothing else.
 
 #![allow(clippy::unwrap_used)] // A helper of a test panics as the test does.
 
@@ -8,14 +8,14 @@ use tests::need;
 use tests::program::Program;
 use tests::scratch::Scratch;
 
-/// Compiles the program for the device.
-fn device(scratch: &Scratch) -> PathBuf {
-    let ummunotify = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ummunotify");
-    let program = scratch.path("device");
+/// Compiles the program for a device.
+fn compile(scratch: &Scratch, device: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let program = scratch.path(device);
     let gcc = Program::new("gcc")
         .arg("-I")
-        .arg(ummunotify.join("include"))
-        .arg(ummunotify.join("preload/tests/device.c"))
+        .arg(root.join(device).join("include"))
+        .arg(root.join("preload/tests").join(format!("{device}.c")))
         .arg("-o")
         .arg(&program)
         .arg("-pthread")
@@ -28,7 +28,7 @@ fn device(scratch: &Scratch) -> PathBuf {
 fn a_program_for_the_device_runs_unmodified() {
     need!(tests::host::kvm());
     let scratch = Scratch::new();
-    let device = device(&scratch);
+    let device = compile(&scratch, "ummunotify");
     for watcher in ["auto", "kvm", "userfaultfd"] {
         let run = Program::umem(["exec", "--watcher", watcher, "--"])
             .arg(&device)
@@ -39,6 +39,15 @@ fn a_program_for_the_device_runs_unmodified() {
     // Its exit code is the command's; the watcher need not be named; and options after the program are its own.
     let run = Program::umem(["exec", "sh", "-c", "exit 7"]).run();
     run.assert_code(7);
+}
+
+#[test]
+fn a_program_for_the_memory_device_runs_unmodified() {
+    let scratch = Scratch::new();
+    let device = compile(&scratch, "umem");
+    let run = Program::umem(["exec"]).arg(&device).run();
+    run.assert_code(0);
+    assert_eq!(run.stdout.matches(": ok").count(), 14, "{run}");
 }
 
 #[test]

@@ -8,28 +8,14 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
 
+use tests::in_process::{Machine, from_file};
 use tests::need;
 use umem::image::{Image, OpenError, Wait};
-use umem::pager::{Fill, PagerOptions};
-use umem::region::{Backing, PageSize};
-use umem::source::file::{Checksums, FileSource};
+use umem::region::Backing;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
-use vmm::address_map::RamMap;
-use vmm::boot::ImageMetadata;
-use vmm::control::{Control, Event, VmState};
-use vmm::kvm::AsyncPageFaults;
-use vmm::machine::{self, Firmware, MachineConfig, SerialLine, Start};
-use vmm::ram_source::RamSource;
-use vmm::report::Report;
-use vmm::snapshot::{
-    BaseError, FILE_NAME, SnapshotError, SnapshotOptions, SnapshotState, SnapshotSummary, is_snapshot,
-};
-
-const PATIENCE: Duration = Duration::from_mins(1);
+use vmm::machine::MachineConfig;
+use vmm::snapshot::{BaseError, FILE_NAME, SnapshotError};
 
 /// The built program.
 fn umem(args: &[&str]) -> Command {
@@ -62,97 +48,14 @@ enum Track {
     No,
 }
 
-/// A VM in this process.
-struct Vm {
-    control: Control,
-    thread: Option<thread::JoinHandle<()>>,
-}
-
-impl Vm {
-    /// Boots an image, or restores a snapshot, and waits until the guest runs.
-    fn start(image: &Path, cpus: u32, backing: Backing, track: Track) -> Self {
-        let image = Image::open(image).unwrap();
-        let ram_size = image.footer().ram_size;
-        let (start, async_pf) = if is_snapshot(image.metadata()) {
-            let state = SnapshotState::decode(image.metadata(), ram_size).unwrap();
-            assert_eq!(state.cpus(), cpus);
-            (Start::Restore(Arc::new(state)), AsyncPageFaults::IfThere)
-        } else {
-            let entry = ImageMetadata::decode(image.metadata()).unwrap().entry.into();
-            let firmware = Firmware::BuiltIn;
-            (Start::Boot { entry, firmware }, AsyncPageFaults::IfThere)
-        };
-        let config = MachineConfig {
-            source: RamSource::Source(Arc::new(FileSource::new(image, Checksums::On))),
-            ram: RamMap::new(ram_size).unwrap(),
-            start,
-            serial_line: SerialLine::File(Arc::new(tempfile::tempfile().unwrap())),
-            backing,
-            page_size: PageSize::Small,
-            pager: PagerOptions::from(Fill::Off),
-            recording: None,
-            cpus,
-            async_pf,
-            placement: vmm::thread_placement::Placement::Free,
-            track_dirty: track == Track::Yes,
-        };
-        let control = Control::new();
-        let (tell, events) = mpsc::channel();
-        control.observe(move |event| drop(tell.send(event.clone())));
-        let thread = {
-            let control = control.clone();
-            thread::spawn(move || {
-                machine::run(&config, &control, Instant::now(), &mut Report::default()).unwrap();
-            })
-        };
-        let vm = Self {
-            control,
-            thread: Some(thread),
-        };
-        while !matches!(
-            events.recv_timeout(PATIENCE).unwrap(),
-            Event::State(VmState::Running)
-        ) {}
-        vm
-    }
-
-    /// Waits until the guest has said something more, as it does after each round.
-    fn wait_for_exits(&self, more: u64) {
-        let exits = || -> u64 {
-            let counters = self.control.counters().unwrap();
-            counters.exits.iter().map(|(_, count)| count).sum()
-        };
-        let (before, deadline) = (exits(), Instant::now() + PATIENCE);
-        while exits() < before + more {
-            assert!(Instant::now() < deadline, "the guest does nothing");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn snapshot(&self, directory: &Path, base: Option<&Path>) -> Result<SnapshotSummary, SnapshotError> {
-        let mut last = 0;
-        let options = SnapshotOptions {
-            base: base.map(Path::to_path_buf),
-            ..SnapshotOptions::new(directory)
-        };
-        let summary = self.control.snapshot(&options, &mut |progress| {
-            assert!(progress.done >= last && progress.done <= progress.total);
-            last = progress.done;
-        })?;
-        assert_eq!(last, summary.pages, "not all pages were told of");
-        Ok(summary)
-    }
-
-    fn stop(mut self) {
-        self.control.shutdown().unwrap();
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = self.control.shutdown();
-    }
+/// Boots an image, or restores a snapshot, and waits until the guest runs.
+fn start(image: &Path, cpus: u32, backing: Backing, track: Track) -> Machine {
+    Machine::running(MachineConfig {
+        cpus,
+        backing,
+        track_dirty: track == Track::Yes,
+        ..from_file(image)
+    })
 }
 
 fn file(directory: &Path) -> PathBuf {
@@ -224,16 +127,16 @@ fn allocated(path: &Path) -> u64 {
 
 /// A chain: a snapshot of all of RAM, and `count` that are laid each over the one before, with the guest at work in between.
 /// The last is of the same moment as `all`, a snapshot of all of RAM.
-fn chain(directory: &Path, vm: &Vm, count: usize, track: Track) -> (Vec<PathBuf>, PathBuf) {
+fn chain(directory: &Path, vm: &Machine, count: usize, track: Track) -> (Vec<PathBuf>, PathBuf) {
     let mut chain = vec![directory.join("0")];
-    vm.snapshot(&chain[0], None).unwrap();
+    vm.snapshot(&chain[0]).unwrap();
     for index in 1..=count {
         vm.wait_for_exits(60);
         if index == count {
             vm.control.pause().unwrap();
         }
         let next = directory.join(index.to_string());
-        let summary = vm.snapshot(&next, chain.last().map(PathBuf::as_path)).unwrap();
+        let summary = vm.snapshot_over(&next, chain.last().unwrap()).unwrap();
         assert_eq!(summary.tracked, track == Track::Yes);
         assert!(
             summary.own_pages > 0 && summary.own_pages < summary.pages / 2,
@@ -242,7 +145,7 @@ fn chain(directory: &Path, vm: &Vm, count: usize, track: Track) -> (Vec<PathBuf>
         chain.push(next);
     }
     let all = directory.join("all");
-    vm.snapshot(&all, None).unwrap();
+    vm.snapshot(&all).unwrap();
     vm.control.resume().unwrap();
     (chain, all)
 }
@@ -258,14 +161,14 @@ fn a_snapshot_of_little_change_is_little() {
         "1G",
         "workload=dirty pages=2621 order=random rounds=forever",
     );
-    let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
+    let vm = start(&image, 1, Backing::Memfd, Track::Yes);
     vm.wait_for_exits(60);
-    let base = vm.snapshot(&at("base"), None).unwrap();
+    let base = vm.snapshot(&at("base")).unwrap();
     assert!(base.absent_pages > 200_000, "{base:?}");
     vm.wait_for_exits(120);
     vm.control.pause().unwrap();
-    let tracked = vm.snapshot(&at("tracked"), Some(&at("base"))).unwrap();
-    let compared = vm.snapshot(&at("compared"), Some(&at("base"))).unwrap();
+    let tracked = vm.snapshot_over(&at("tracked"), &at("base")).unwrap();
+    let compared = vm.snapshot_over(&at("compared"), &at("base")).unwrap();
     assert!(tracked.tracked && !compared.tracked);
     vm.stop();
     let whole = allocated(&file(&at("base")));
@@ -297,7 +200,7 @@ fn a_chain_of_ten_is_what_was_there_at_its_end() {
             "64M",
             "workload=dirty pages=300 order=random rounds=forever",
         );
-        let vm = Vm::start(&image, cpus, backing, track);
+        let vm = start(&image, cpus, backing, track);
         let (chain, all) = chain(directory.path(), &vm, 10, track);
         vm.stop();
         let top = chain.last().unwrap();
@@ -320,15 +223,15 @@ fn a_restored_vm_is_tracked_from_its_snapshot_on() {
     // From the image itself, which is no snapshot, and then from each snapshot.
     let (mut from, mut base) = (image.clone(), image);
     for name in ["first", "second", "third"] {
-        let vm = Vm::start(&from, 1, Backing::Memfd, Track::Yes);
+        let vm = start(&from, 1, Backing::Memfd, Track::Yes);
         vm.wait_for_exits(100);
         vm.control.pause().unwrap();
-        let summary = vm.snapshot(&at(name), Some(&base)).unwrap();
+        let summary = vm.snapshot_over(&at(name), &base).unwrap();
         assert!(summary.tracked && summary.absent_pages > 10_000, "{summary:?}");
         assert!(summary.own_pages < 2_000, "{summary:?}");
         // The source is the base no more, and what is absent comes from the source.
         let all = at(&format!("{name} all"));
-        vm.snapshot(&all, None).unwrap();
+        vm.snapshot(&all).unwrap();
         vm.stop();
         assert_same(&at(name), &all);
         from = file(&at(name));
@@ -356,17 +259,17 @@ fn a_vm_may_be_laid_over_what_it_has_nothing_to_do_with() {
     .output()
     .unwrap();
     assert!(create.status.success(), "{create:?}");
-    let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
+    let vm = start(&image, 1, Backing::Memfd, Track::Yes);
     vm.wait_for_exits(60);
     vm.control.pause().unwrap();
-    let summary = vm.snapshot(&at("over"), Some(&other)).unwrap();
+    let summary = vm.snapshot_over(&at("over"), &other).unwrap();
     assert!(
         !summary.tracked && summary.own_pages > summary.pages / 2,
         "{summary:?}"
     );
-    vm.snapshot(&at("all"), None).unwrap();
+    vm.snapshot(&at("all")).unwrap();
     // Of what is zero there and not here, and the other way round.
-    let zero = vm.snapshot(&at("back"), Some(&at("over"))).unwrap();
+    let zero = vm.snapshot_over(&at("back"), &at("over")).unwrap();
     assert_eq!(zero.own_pages, 0);
     vm.stop();
     assert_same(&at("over"), &at("all"));
@@ -385,10 +288,10 @@ fn what_cannot_be_a_base_is_refused_and_the_vm_goes_on() {
         .output()
         .unwrap();
     assert!(create.status.success(), "{create:?}");
-    let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
-    vm.snapshot(&at("a"), None).unwrap();
-    vm.snapshot(&at("b"), Some(&at("a"))).unwrap();
-    let refused = |target: &str, base: &Path| match vm.snapshot(&at(target), Some(base)) {
+    let vm = start(&image, 1, Backing::Memfd, Track::Yes);
+    vm.snapshot(&at("a")).unwrap();
+    vm.snapshot_over(&at("b"), &at("a")).unwrap();
+    let refused = |target: &str, base: &Path| match vm.snapshot_over(&at(target), base) {
         Err(SnapshotError::Base { source, .. }) => *source,
         other => panic!("{other:?}"),
     };
@@ -403,9 +306,9 @@ fn what_cannot_be_a_base_is_refused_and_the_vm_goes_on() {
     assert!(!at("c").exists(), "a directory was left behind");
     vm.wait_for_exits(60);
     vm.control.pause().unwrap();
-    let last = vm.snapshot(&at("c"), Some(&at("b"))).unwrap();
+    let last = vm.snapshot_over(&at("c"), &at("b")).unwrap();
     assert!(last.tracked, "what was refused has cost nothing");
-    vm.snapshot(&at("all"), None).unwrap();
+    vm.snapshot(&at("all")).unwrap();
     vm.stop();
     assert_same(&at("c"), &at("all"));
 }
@@ -416,7 +319,7 @@ fn a_base_that_is_missing_replaced_or_damaged_is_found() {
     need!(tests::host::kvm());
     let directory = tempfile::tempdir().unwrap();
     let image = make_image(directory.path(), "16M", "workload=dirty pages=100 rounds=forever");
-    let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
+    let vm = start(&image, 1, Backing::Memfd, Track::Yes);
     let (chain, all) = chain(directory.path(), &vm, 3, Track::Yes);
     vm.stop();
     let top = chain.last().unwrap().to_str().unwrap();
@@ -487,7 +390,7 @@ fn a_page_server_serves_all_layers() {
         "16M",
         "workload=dirty pages=200 order=random rounds=forever",
     );
-    let vm = Vm::start(&image, 1, Backing::Memfd, Track::Yes);
+    let vm = start(&image, 1, Backing::Memfd, Track::Yes);
     let (chain, _) = chain(directory.path(), &vm, 3, Track::Yes);
     vm.stop();
     let top = file(chain.last().unwrap());

@@ -2,176 +2,32 @@
 
 #![allow(clippy::unwrap_used)] // A helper of a test panics as the test does.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::process::Signal;
-use rustix::thread::UnshareFlags;
+use tests::in_process::{Machine, from_file};
 use tests::need;
 use tests::program::Program;
 use tests::random::{Random, rounds};
 use tests::scratch::Scratch;
 use tests::served::socket;
 use tests::server::Server;
-use umem::image::{Image, ImageWriter};
-use umem::pager::{Fill, PagerOptions};
+use tests::snapshot::{DIRTY, assert_goes_on, assert_whole, make_image, restore};
+use umem::image::{Image, ImageWriter, MAX_METADATA};
 use umem::publish::Existing;
-use umem::region::{Backing, PageSize};
-use umem::source::PageSource;
+use umem::region::Backing;
 use umem::source::delayed::{Delay, DelayedSource};
 use umem::source::file::{Checksums, FileSource};
-use umem::source::remote::{RemoteOptions, RemoteSource};
 use umem::units::{PAGE_SIZE, PageIndex};
-use vmm::address_map::RamMap;
-use vmm::boot::ImageMetadata;
-use vmm::control::{Control, Event, VmState};
+use vmm::control::{Control, VmState};
 use vmm::ending::Ending;
-use vmm::kvm::AsyncPageFaults;
-use vmm::machine::{self, Firmware, MachineConfig, Outcome, SerialLine, Start};
+use vmm::machine::{MachineConfig, Outcome};
 use vmm::ram_source::RamSource;
-use vmm::report::Report;
-use vmm::snapshot::{FILE_NAME, SnapshotError, SnapshotOptions, Then};
-use vmm::thread_placement::Placement;
-
-const PATIENCE: Duration = Duration::from_mins(1);
-
-/// An image every page of which holds something, whose guest is told `command_line`.
-fn make_image(scratch: &Scratch, memory: &str, command_line: &str) -> PathBuf {
-    let options = ["--fill", "pattern:7", "--cmdline", command_line];
-    scratch.create("image", memory).args(options).run().assert_code(0);
-    scratch.path("image")
-}
-
-/// A VM in this process.
-struct Vm {
-    control: Control,
-    thread: Option<thread::JoinHandle<Outcome>>,
-    events: mpsc::Receiver<Event>,
-}
-
-impl Vm {
-    fn start(image: &Path, source: Arc<dyn PageSource>, cpus: u32, backing: Backing) -> Self {
-        let image = Image::open(image).unwrap();
-        let metadata = ImageMetadata::decode(image.metadata()).unwrap();
-        let config = MachineConfig {
-            source: RamSource::Source(source),
-            ram: RamMap::new(image.footer().ram_size).unwrap(),
-            start: Start::Boot {
-                entry: metadata.entry.into(),
-                firmware: Firmware::BuiltIn,
-            },
-            serial_line: SerialLine::File(Arc::new(tempfile::tempfile().unwrap())),
-            backing,
-            page_size: PageSize::Small,
-            pager: PagerOptions::from(Fill::Off),
-            recording: None,
-            cpus,
-            async_pf: AsyncPageFaults::IfThere,
-            placement: Placement::Free,
-            track_dirty: false,
-        };
-        let control = Control::new();
-        let (tell, events) = mpsc::channel();
-        control.observe(move |event| drop(tell.send(event.clone())));
-        let thread = {
-            let control = control.clone();
-            thread::spawn(move || {
-                machine::run(&config, &control, Instant::now(), &mut Report::default()).unwrap()
-            })
-        };
-        Self {
-            control,
-            thread: Some(thread),
-            events,
-        }
-    }
-
-    fn from_file(image: &Path, cpus: u32, backing: Backing) -> Self {
-        let source = FileSource::new(Image::open(image).unwrap(), Checksums::On);
-        Self::start(image, Arc::new(source), cpus, backing)
-    }
-
-    /// Waits until its first instruction.
-    fn wait_until_it_runs(&self) {
-        while !matches!(
-            self.events.recv_timeout(PATIENCE).unwrap(),
-            Event::State(VmState::Running)
-        ) {}
-    }
-
-    /// Waits until it has left the guest this often more.
-    fn wait_for_exits(&self, more: u64) {
-        let exits = || -> u64 {
-            let counters = self.control.counters().unwrap();
-            counters.exits.iter().map(|(_, count)| count).sum()
-        };
-        let (before, deadline) = (exits(), Instant::now() + PATIENCE);
-        while exits() < before + more {
-            assert!(Instant::now() < deadline, "the guest does nothing");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn snapshot(&self, directory: &Path) -> Result<vmm::snapshot::SnapshotSummary, SnapshotError> {
-        let mut last = 0;
-        let options = SnapshotOptions::new(directory);
-        let summary = self.control.snapshot(&options, &mut |progress| {
-            assert!(progress.done >= last && progress.done <= progress.total);
-            last = progress.done;
-        })?;
-        assert_eq!(last, summary.pages, "not all pages were told of");
-        Ok(summary)
-    }
-
-    fn stop(mut self) {
-        self.control.shutdown().unwrap();
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        let _ = self.control.shutdown();
-    }
-}
-
-/// `umem run --snapshot`.
-fn restore(location: impl AsRef<OsStr>, options: &[&str]) -> Program {
-    Program::umem(["run", "--snapshot"]).arg(location).args(options)
-}
-
-/// The numbers of the whole lines that say which round it is.
-fn rounds_in(stdout: &str) -> Vec<u64> {
-    // What the line was that the guest was in the middle of, nobody knows.
-    let lines = stdout
-        .lines()
-        .filter(|line| line.ends_with(|last: char| last.is_ascii_digit()));
-    let numbers = lines.filter_map(|line| line.strip_prefix("round=")?.split(' ').next()?.parse().ok());
-    numbers.collect()
-}
-
-/// Checks that the guest in a snapshot goes on and finds what it wrote.
-#[track_caller]
-fn assert_goes_on(location: impl AsRef<OsStr>, options: &[&str]) {
-    let vm = restore(location, options).start();
-    vm.wait_until("several rounds", |vm| rounds_in(&vm.stdout()).len() > 3);
-    vm.signal(Signal::TERM);
-    let vm = vm.finish();
-    vm.assert_code(0);
-    assert_eq!(vm.stderr, "", "{vm}");
-    assert!(!vm.stdout.contains("wrong"), "{vm}");
-    let rounds = rounds_in(&vm.stdout);
-    // The first is a half line's, and the last is maybe not whole.
-    let whole = &rounds[1..rounds.len() - 1];
-    assert!(whole.windows(2).all(|two| two[0] + 1 == two[1]), "{vm}");
-}
-
-const DIRTY: &str = "workload=dirty pages=512 order=random seed=5 rounds=forever";
+use vmm::snapshot::{FILE_NAME, SnapshotError, SnapshotOptions, SnapshotState, StateError, Then};
 
 #[test]
 fn a_guest_goes_on_where_it_was() {
@@ -179,22 +35,30 @@ fn a_guest_goes_on_where_it_was() {
     let mut random = Random::seeded();
     let scratch = Scratch::new();
     let image = make_image(&scratch, "24M", DIRTY);
-    for turn in 0..rounds(8) {
-        let cpus = 1 + (turn % 2) as u32;
-        let backing = [Backing::Memfd, Backing::Anonymous][(turn / 2 % 2) as usize];
-        let restored = ["backing=memfd", "backing=anonymous,fill=sequential"][random.below(2) as usize];
-        let vm = Vm::from_file(&image, cpus, backing);
-        vm.wait_until_it_runs();
-        // Early ones are in the firmware and in the boot of the second CPU.
+    let mut pauses = Vec::new();
+    for turn in 0..rounds(9) {
+        let cpus = [1, 2, 4][(turn % 3) as usize];
+        let backing = random.choose(&[Backing::Memfd, Backing::Anonymous]);
+        let restored = random.choose(&["backing=memfd", "backing=anonymous,fill=sequential"]);
+        let vm = Machine::running(MachineConfig {
+            cpus,
+            backing,
+            ..from_file(&image)
+        });
+        // Those that do not wait for its first words are in the firmware, or in the boot of the other CPUs.
+        if !random.once_in(4) {
+            vm.wait_for_exits(200);
+        }
         let moment = random.moment(Duration::from_millis(400));
         thread::sleep(moment);
         let directory = scratch.path("snapshot");
         let summary = vm.snapshot(&directory).unwrap();
         println!("turn {turn}: {cpus} vCPUs, {backing:?}, {restored}, after {moment:?}: {summary:?}");
         assert!(summary.absent_pages > 0, "all pages were loaded");
+        pauses.push(summary.paused);
         vm.wait_for_exits(5);
         vm.stop();
-        if turn % 4 < 2 {
+        if random.once_in(2) {
             assert_goes_on(&directory, &["--memory", restored]);
         } else {
             let server = Server::start(&socket(&scratch), &[("vm", &directory.join(FILE_NAME))]);
@@ -202,6 +66,13 @@ fn a_guest_goes_on_where_it_was() {
             server.stop();
         }
     }
+    pauses.sort_unstable();
+    println!(
+        "snapshots={} restored={0} vcpus=1,2,4 paused_p50={:?} paused_max={:?}",
+        pauses.len(),
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() - 1]
+    );
 }
 
 /// The snapshot of a guest that was itself restored, and was not loaded yet, is whole again.
@@ -210,8 +81,10 @@ fn a_snapshot_of_a_restored_guest_is_restored() {
     need!(tests::host::kvm());
     let scratch = Scratch::new();
     let image = make_image(&scratch, "16M", "workload=dirty pages=200 rounds=forever");
-    let vm = Vm::from_file(&image, 2, Backing::Memfd);
-    vm.wait_until_it_runs();
+    let vm = Machine::running(MachineConfig {
+        cpus: 2,
+        ..from_file(&image)
+    });
     vm.wait_for_exits(2000);
     let directory = scratch.path("a");
     vm.snapshot(&directory).unwrap();
@@ -222,11 +95,62 @@ fn a_snapshot_of_a_restored_guest_is_restored() {
     assert_goes_on(&directory, &[]);
     let names: Vec<_> = std::fs::read_dir(&directory).unwrap().collect();
     assert_eq!(names.len(), 1, "{names:?}");
-    let verified = Image::open(&directory.join(FILE_NAME))
-        .unwrap()
-        .verify(|_| {})
-        .unwrap();
-    assert!(verified.is_sound());
+    assert_whole(&directory.join(FILE_NAME));
+}
+
+/// Many more vCPUs than there are CPUs.
+#[test]
+fn sixteen_vcpus_go_on() {
+    need!(tests::host::kvm());
+    let scratch = Scratch::new();
+    let image = make_image(&scratch, "16M", "workload=dirty pages=160 rounds=forever");
+    let vm = Machine::running(MachineConfig {
+        cpus: 16,
+        ..from_file(&image)
+    });
+    vm.wait_for_exits(500);
+    let directory = scratch.path("snapshot");
+    vm.snapshot(&directory).unwrap();
+    vm.stop();
+    let metadata = Image::open(&directory.join(FILE_NAME)).unwrap().metadata().len();
+    println!("16 vCPUs: {metadata} bytes of state");
+    assert_goes_on(&directory, &[]);
+}
+
+/// The state is bounded. This host's vCPUs all fit, and with more there is no snapshot but a clear word.
+#[test]
+fn how_many_vcpus_fit_into_the_state() {
+    need!(tests::host::kvm());
+    let scratch = Scratch::new();
+    let image = Image::open(&small(&scratch)).unwrap();
+    let original: serde_json::Value = serde_json::from_slice(image.metadata()).unwrap();
+    let encoded = |vcpus: usize| {
+        let mut metadata = original.clone();
+        let snapshot = &mut metadata["snapshot"];
+        snapshot["vcpus"] = vec![snapshot["vcpus"][0].clone(); vcpus].into();
+        snapshot["cpus"] = vcpus.into();
+        let bytes = serde_json::to_vec(&metadata).unwrap();
+        SnapshotState::decode(&bytes, image.footer().ram_size)
+            .unwrap()
+            .encode()
+    };
+    let one = encoded(1).unwrap().len();
+    let each = encoded(2).unwrap().len() - one;
+    let most = 1 + (MAX_METADATA - one) / each;
+    println!("{one} bytes with one vCPU, {each} with each further one: {most} fit");
+    assert!(most >= 255, "there can be 255");
+    assert!(encoded(most).unwrap().len() <= MAX_METADATA);
+    let error = encoded(most + 1).unwrap_err();
+    assert!(
+        matches!(error, StateError::TooLarge { vcpus, size } if vcpus == most + 1 && size > MAX_METADATA),
+        "{error}"
+    );
+    for words in [
+        format!("{} vCPUs", most + 1),
+        format!("more than the {MAX_METADATA}"),
+    ] {
+        assert!(error.to_string().contains(&words), "{error}");
+    }
 }
 
 /// Tasks that wait for pages are told of them in their new home: a lost wake-up would end the guest with an error.
@@ -248,8 +172,11 @@ fn tasks_that_wait_for_pages_go_on() {
         };
         let file = FileSource::new(Image::open(&image).unwrap(), Checksums::On);
         let source = DelayedSource::new(Arc::new(file), delay).unwrap();
-        let mut vm = Vm::start(&image, Arc::new(source), 1 + (turn % 2) as u32, Backing::Memfd);
-        vm.wait_until_it_runs();
+        let vm = Machine::running(MachineConfig {
+            source: RamSource::Source(Arc::new(source)),
+            cpus: 1 + (turn % 2) as u32,
+            ..from_file(&image)
+        });
         let moment = random.moment(Duration::from_millis(400));
         thread::sleep(moment);
         let directory = scratch.path("snapshot");
@@ -257,11 +184,11 @@ fn tasks_that_wait_for_pages_go_on() {
             then: Then::Stop,
             ..SnapshotOptions::new(&directory)
         };
-        match vm.control.snapshot(&options, &mut |_| {}) {
+        match vm.make_snapshot(&options) {
             Ok(summary) => println!("turn {turn}: after {moment:?}: {summary:?}"),
             Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
         }
-        let outcome = vm.thread.take().unwrap().join().unwrap();
+        let outcome = vm.end();
         assert!(matches!(outcome, Outcome::Ended(Ending::Stopped)), "{outcome:?}");
         let vm = restore(&directory, &["--memory", "source-delay=100us-5ms"]).run();
         vm.assert_code(0);
@@ -273,8 +200,7 @@ fn tasks_that_wait_for_pages_go_on() {
 /// A snapshot of a small guest, and what is in it.
 fn small(scratch: &Scratch) -> PathBuf {
     let image = make_image(scratch, "8M", "workload=dirty pages=20 rounds=forever");
-    let vm = Vm::from_file(&image, 1, Backing::Memfd);
-    vm.wait_until_it_runs();
+    let vm = Machine::running(from_file(&image));
     vm.wait_for_exits(500);
     let directory = scratch.path("snapshot");
     vm.snapshot(&directory).unwrap();
@@ -361,7 +287,7 @@ fn what_cannot_be_restored_here_is_refused_with_the_reason() {
     let changed = |change: &dyn Fn(&mut serde_json::Value), code, words: &[&str]| {
         refused(&with_metadata(&path, change), &[], code, words);
     };
-    changed(&|state| state["version"] = 2.into(), 6, &["version 2", "reads 1"]);
+    changed(&|state| state["version"] = 3.into(), 6, &["version 3", "reads 1"]);
     changed(&|state| state["version"] = 0.into(), 6, &["version 0"]);
     changed(
         &|state| leaf(state, 0)[4] = u32::from_le_bytes(*b"Cent").into(),
@@ -421,75 +347,6 @@ fn what_cannot_be_restored_here_is_refused_with_the_reason() {
 }
 
 #[test]
-fn a_full_disk_is_told_and_leaves_nothing_and_the_vm_goes_on() {
-    need!(tests::host::kvm());
-    need!(tests::host::mount_namespace());
-    let scratch = Scratch::new();
-    let image = make_image(&scratch, "16M", DIRTY);
-    let vm = Vm::from_file(&image, 2, Backing::Memfd);
-    vm.wait_until_it_runs();
-    let mount_point = scratch.path("full");
-    std::fs::create_dir(&mount_point).unwrap();
-    let vm = thread::scope(|scope| {
-        let try_it = || {
-            let flags = UnshareFlags::NEWNS | UnshareFlags::FS;
-            // SAFETY: of this thread alone, which ends after this; no descriptors are unshared.
-            unsafe { rustix::thread::unshare_unsafe(flags) }.unwrap();
-            let private =
-                rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
-            let none = rustix::mount::MountFlags::empty();
-            rustix::mount::mount("none", &mount_point, "tmpfs", none, Some(c"size=4M")).unwrap();
-            // While it is paused, and after that: the pages that are not loaded yet.
-            for _ in 0..3 {
-                let error = vm.snapshot(&mount_point.join("new")).unwrap_err();
-                let cause = std::error::Error::source(&error).unwrap();
-                let cause = cause.source().unwrap().to_string();
-                assert!(cause.contains("No space left"), "{error}: {cause}");
-                assert_eq!(std::fs::read_dir(&mount_point).unwrap().count(), 0);
-                assert_eq!(vm.control.state(), VmState::Running);
-                vm.wait_for_exits(20);
-            }
-            vm
-        };
-        scope.spawn(try_it).join().unwrap()
-    });
-    vm.stop();
-}
-
-/// Pages that are not loaded yet and that nobody has any more hinder a snapshot, and nothing else: the VM needs none of them.
-#[test]
-fn a_lost_source_is_told_in_time_and_the_vm_goes_on() {
-    need!(tests::host::kvm());
-    let scratch = Scratch::new();
-    let image = make_image(&scratch, "16M", "workload=dirty pages=50 rounds=forever");
-    let server = Server::start(&socket(&scratch), &[("vm", &image)]);
-    let url = format!("{}#vm", server.url());
-    let options = RemoteOptions {
-        timeout: Duration::from_secs(1),
-        ..Default::default()
-    };
-    let (source, _) = RemoteSource::connect(&[url.parse().unwrap()], options).unwrap();
-    let vm = Vm::start(&image, Arc::new(source), 1, Backing::Memfd);
-    vm.wait_until_it_runs();
-    vm.wait_for_exits(2000);
-    let directory = scratch.path("snapshot");
-    vm.snapshot(&directory).unwrap();
-    server.kill();
-    for _ in 0..2 {
-        let since = Instant::now();
-        let error = vm.snapshot(&directory).unwrap_err();
-        assert!(matches!(error, SnapshotError::Source { .. }), "{error}");
-        assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
-        assert_eq!(vm.control.state(), VmState::Running);
-        vm.wait_for_exits(100);
-    }
-    vm.stop();
-    // The first is still there.
-    assert_goes_on(&directory, &[]);
-}
-
-#[test]
 fn a_paused_vm_stays_paused_and_a_stopped_one_has_no_snapshot() {
     need!(tests::host::kvm());
     let scratch = Scratch::new();
@@ -501,8 +358,11 @@ fn a_paused_vm_stays_paused_and_a_stopped_one_has_no_snapshot() {
         refused,
         Err(SnapshotError::WrongState(VmState::Booting))
     ));
-    let vm = Vm::from_file(&image, 2, Backing::Anonymous);
-    vm.wait_until_it_runs();
+    let vm = Machine::running(MachineConfig {
+        cpus: 2,
+        backing: Backing::Anonymous,
+        ..from_file(&image)
+    });
     vm.wait_for_exits(200);
     vm.control.pause().unwrap();
     let summary = vm.snapshot(&directory).unwrap();
@@ -518,68 +378,4 @@ fn a_paused_vm_stays_paused_and_a_stopped_one_has_no_snapshot() {
         Err(SnapshotError::WrongState(VmState::Stopped))
     ));
     assert_goes_on(&directory, &[]);
-}
-
-/// Where the process that is killed puts its snapshots.
-const SNAPSHOTS_IN: &str = "UMEM_TEST_SNAPSHOTS_IN";
-
-#[test]
-#[ignore = "it is a process of the test below"]
-fn makes_one_snapshot_after_another() {
-    let Ok(directory) = std::env::var(SNAPSHOTS_IN) else {
-        return;
-    };
-    let directory = Path::new(&directory);
-    let vm = Vm::from_file(&directory.join("image"), 2, Backing::Memfd);
-    vm.wait_until_it_runs();
-    loop {
-        vm.snapshot(&directory.join("snapshot")).unwrap();
-        println!("\nsnapshot");
-    }
-}
-
-#[test]
-fn a_process_that_is_killed_leaves_a_whole_snapshot() {
-    need!(tests::host::kvm());
-    let mut random = Random::seeded();
-    let scratch = Scratch::new();
-    make_image(&scratch, "16M", DIRTY);
-    let directory = scratch.path("snapshot");
-    let mut between = 0;
-    for turn in 0..rounds(10) {
-        let process = Program::new(std::env::current_exe().unwrap())
-            .args([
-                "--ignored",
-                "--exact",
-                "makes_one_snapshot_after_another",
-                "--nocapture",
-            ])
-            .env(SNAPSHOTS_IN, scratch.directory())
-            .start();
-        process.wait_for_output("\nsnapshot\n");
-        let moment = random.moment(Duration::from_millis(100));
-        process.wait_for_exit(moment);
-        process.signal(Signal::KILL);
-        assert_eq!(process.finish().signal(), Some(Signal::KILL.as_raw()));
-        let mut names: Vec<_> = std::fs::read_dir(&directory)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort_unstable();
-        between += usize::from(names.len() == 2);
-        println!("turn {turn}: after {moment:?}: {names:?}");
-        let expected = [FILE_NAME.to_owned(), format!("{FILE_NAME}.new")];
-        assert!(names == expected[..1] || names == expected, "{names:?}");
-        for name in names {
-            let verified = Image::open(&directory.join(name))
-                .unwrap()
-                .verify(|_| {})
-                .unwrap();
-            assert!(verified.is_sound());
-        }
-        if turn % 5 == 0 {
-            assert_goes_on(&directory, &[]);
-        }
-    }
-    println!("{between} were killed with two names there");
 }

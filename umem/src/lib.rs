@@ -11,10 +11,13 @@
 //!   -> states    InFlight to Present
 //! ```
 
+pub mod abi;
 pub mod call;
+pub mod capi;
 pub mod causes;
 pub mod channel;
 mod checksums;
+pub mod device;
 pub mod handoff;
 pub mod image;
 mod image_footer;
@@ -22,6 +25,7 @@ mod image_layer;
 mod image_verify;
 mod image_writer;
 pub mod link;
+pub mod measure;
 pub mod metrics;
 mod own_pages;
 pub mod pager;

@@ -34,6 +34,7 @@ mod faults;
 mod fill;
 mod install;
 mod order;
+mod poison;
 mod record;
 mod shared;
 mod stripe;
@@ -411,7 +412,13 @@ impl Pager {
             let thread = pager.spawn(format!("umem-faults-{stripe}"), serve)?;
             pager.fault_threads.push(thread);
         }
-        for reader in 0..READERS {
+        // Nothing is read from a source that installs what it is asked for.
+        let readers = if pager.shared.source.installs() {
+            0
+        } else {
+            READERS
+        };
+        for reader in 0..readers {
             let reader = pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
             pager.workers.push(reader);
         }
@@ -437,6 +444,19 @@ impl Pager {
         join(self.workers.drain(..));
         self.shared.stop_fault_threads();
         join(self.fault_threads.drain(..));
+    }
+
+    /// If every page is settled, whoever brought it: makes the region ordinary memory, as the pager does by itself when it has
+    /// brought the last page. Answers whether that is so.
+    pub fn release(&self) -> bool {
+        self.shared.states.recount();
+        self.shared.release_if_settled();
+        self.shared.released.load(Relaxed)
+    }
+
+    /// Gives up what is being fetched of `pages`: who waits for it looks again.
+    pub fn look_again(&self, pages: PageRange) {
+        self.shared.give_up(pages);
     }
 
     /// What was done so far.

@@ -56,20 +56,24 @@ impl UnnamedFile {
     /// after a crash of the machine too.
     ///
     /// Whoever is killed on the way leaves the old file or the new one, each whole. For the length of two system calls the new
-    /// one has a name of its own, with `.new` at the end; who is killed there leaves it, and the next one to come here replaces
-    /// it.
+    /// one has a name of its own, with `.new` at the end; who is killed there leaves it, and the next one to come here, or to
+    /// [`Self::remove_left_behind`], removes it.
     pub fn replace_durably(self) -> io::Result<()> {
         self.file.sync_all()?;
-        let mut name = self.target.clone().into_os_string();
-        name.push(".new");
-        let temporary = PathBuf::from(name);
-        remove_if_there(&temporary)?;
+        Self::remove_left_behind(&self.target)?;
+        let temporary = second_name(&self.target);
         self.link_to(&temporary)?;
         if let Err(error) = std::fs::rename(&temporary, &self.target) {
             let _ = std::fs::remove_file(&temporary);
             return Err(error);
         }
         File::open(directory_of(&self.target))?.sync_all()
+    }
+
+    /// Removes what somebody has left who was killed when a file was to take the place of `target` ([`Self::replace_durably`]): the
+    /// room that it takes may be what the next file lacks.
+    pub fn remove_left_behind(target: &Path) -> io::Result<()> {
+        remove_if_there(&second_name(target))
     }
 
     /// Gives the file its name.
@@ -90,6 +94,13 @@ impl UnnamedFile {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// The name of a file that is whole and about to take the place of `target` ([`UnnamedFile::replace_durably`]).
+pub fn second_name(target: &Path) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -395,6 +395,22 @@ impl Region {
             tracing::debug!(error = %io::Error::last_os_error(), %pages, "not backed by a huge page");
         }
     }
+
+    /// Gives the memory of `pages` back, which are whole units; they read zero from then on. While the region is served, this
+    /// returns when the pager has noted it.
+    pub fn remove(&self, pages: PageRange) -> io::Result<()> {
+        if pages.end().0 > self.pages() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // Of a file the pages go from the file too, which they would otherwise be mapped from again.
+        let advice = match self.memfd {
+            Some(_) => Advice::LinuxRemove,
+            None => Advice::LinuxDontNeed,
+        };
+        let start = self.addresses(pages).start.0 as *mut _;
+        // SAFETY: the pages are of this region, in which no Rust object lives.
+        Ok(unsafe { rustix::mm::madvise(start, pages.bytes(), advice) }?)
+    }
 }
 
 /// Address space that begins at a multiple of 2 MiB, where huge pages can be, with what was left over to find it.

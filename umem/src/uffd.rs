@@ -20,6 +20,11 @@ use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
 use crate::units::HostAddress;
 
+const UFFDIO_MOVE: Opcode =
+    rustix::ioctl::opcode::read_write::<sys::uffdio_move>(sys::UFFDIO as u8, sys::_UFFDIO_MOVE as u8);
+const UFFDIO_POISON: Opcode =
+    rustix::ioctl::opcode::read_write::<sys::uffdio_poison>(sys::UFFDIO as u8, sys::_UFFDIO_POISON as u8);
+
 /// The device that hands out userfaultfds to whom its permissions let.
 pub const DEVICE: &str = "/dev/userfaultfd";
 
@@ -42,6 +47,10 @@ impl Features {
     pub const MINOR_HUGETLBFS: Self = Self(sys::UFFD_FEATURE_MINOR_HUGETLBFS as u64);
     /// Minor faults on shared memory.
     pub const MINOR_SHMEM: Self = Self(sys::UFFD_FEATURE_MINOR_SHMEM as u64);
+    /// Absent pages can be made such that who touches them gets SIGBUS.
+    pub const POISON: Self = Self(sys::UFFD_FEATURE_POISON as u64);
+    /// Pages can be moved from other memory of the same process.
+    pub const MOVE: Self = Self(sys::UFFD_FEATURE_MOVE as u64);
 
     const NAMES: [(u64, &'static str, &'static str); 17] = [
         (
@@ -88,6 +97,12 @@ impl Features {
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub const fn common(self, other: Self) -> Self {
+        Self(self.0 & other.0)
     }
 
     /// Whether all of `other` are among these.
@@ -405,6 +420,46 @@ impl Userfaultfd {
         // SAFETY: UFFDIO_CONTINUE takes this structure and maps pages that the mapping's file holds.
         let result = unsafe { update::<UFFDIO_CONTINUE, _>(self.fd.as_fd(), &mut continue_) };
         installed(result, continue_.mapped, continue_.range.len)
+    }
+
+    /// Moves pages of private anonymous memory of this process from `from` on to `range`, and wakes who waits for them. Where they
+    /// were there is nothing afterwards. Needs [`Features::MOVE`].
+    ///
+    /// # Safety
+    ///
+    /// As many bytes from `from` on are the caller's, who has nothing there that must stay.
+    pub unsafe fn move_(&self, range: Range<HostAddress>, from: *mut u8) -> Installed {
+        let range = raw(range);
+        let mut move_ = sys::uffdio_move {
+            dst: range.start,
+            src: from as u64,
+            len: range.len,
+            mode: 0,
+            move_: 0,
+        };
+        // SAFETY: UFFDIO_MOVE takes this structure; the pages that it takes away the caller vouches for.
+        let result = unsafe { update::<UFFDIO_MOVE, _>(self.fd.as_fd(), &mut move_) };
+        installed(result, move_.move_, range.len)
+    }
+
+    /// Makes absent pages such that who touches them gets SIGBUS, and wakes who waits for them. Never replaces a page. Needs
+    /// [`Features::POISON`].
+    pub fn poison(&self, range: Range<HostAddress>) -> Installed {
+        let mut poison = sys::uffdio_poison {
+            range: raw(range),
+            mode: 0,
+            updated: 0,
+        };
+        // SAFETY: UFFDIO_POISON takes this structure and marks only pages that do not exist.
+        let result = unsafe { update::<UFFDIO_POISON, _>(self.fd.as_fd(), &mut poison) };
+        installed(result, poison.updated, poison.range.len)
+    }
+
+    /// Another descriptor for it.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        Ok(Self {
+            fd: self.fd.try_clone()?,
+        })
     }
 
     /// Wakes who waits in a range, to look again.

@@ -10,6 +10,7 @@ pub const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 /// A page of a region, counted from the region's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
 pub struct PageIndex(pub u64);
 
 impl PageIndex {

@@ -9,10 +9,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use common::{
     BACKINGS, Fixture, assert_all_present, eventually, expected, image, read_page, shuffled, start,
 };
+use umem::image::{Image, ImageWriter};
 use umem::pager::{Fill, PagerOptions, TouchRecord, register};
+use umem::publish::Existing;
 use umem::region::{Backing, PageSize, Region};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
+use umem::states::PageState;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 use umem::working_set::WorkingSet;
 
@@ -226,5 +229,54 @@ fn stripes_serve_one_region() {
             }
         });
         assert_all_present(&notices);
+    }
+}
+
+/// At the end of a fill the zero pages that are left become the kernel's. Whoever looks at the states must not take one that the guest
+/// has written to for one that is still at the source, as a snapshot would that is made in that moment.
+#[test]
+fn what_is_written_at_the_end_of_a_fill_is_known_to_be_there() {
+    // Many zero pages, so that giving them up takes its time.
+    const PAGES: u64 = 1 << 18;
+    const WITH_CONTENT: u64 = 64;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let mut writer = ImageWriter::create(&path, PAGES * PAGE_SIZE as u64).unwrap();
+    for page in (0..PAGES).step_by((PAGES / WITH_CONTENT) as usize) {
+        writer.write_page(PageIndex(page), &[7; PAGE_SIZE]).unwrap();
+    }
+    writer.finish(b"", Existing::Keep).unwrap();
+    for round in 0..40 {
+        let backing = BACKINGS[round % 2];
+        let source = FileSource::new(Image::open(&path).unwrap(), Checksums::On);
+        let fixture = start(
+            Arc::new(source),
+            PAGES,
+            backing,
+            PageSize::Small,
+            Fill::Sequential,
+        );
+        let states = fixture.pager.states();
+        let region = &fixture.region;
+        let mut ended = false;
+        let mut after = 0;
+        for page in (0..PAGES).rev() {
+            // SAFETY: within the region, which outlives this; nobody else writes there.
+            unsafe {
+                region.start().add(page as usize * PAGE_SIZE).write_volatile(1);
+            }
+            match states.get(PageIndex(page)) {
+                PageState::Present => {}
+                // It is there, and its state is about to say so.
+                PageState::InFlight if region.holds(PageIndex(page)).unwrap() => {}
+                state => panic!("round {round}: page {page} was written to and is {state:?}"),
+            }
+            ended = ended || fixture.notices.try_recv().is_ok();
+            after += u64::from(ended);
+            if after > 1000 {
+                break;
+            }
+        }
+        assert!(ended, "the fill took longer than all of the writing");
     }
 }

@@ -43,6 +43,14 @@ pub struct Invalidation<'a> {
     range: AddressRange,
     /// Ranges registered meanwhile have higher numbers.
     number: u64,
+    hit: bool,
+}
+
+impl Invalidation<'_> {
+    /// Whether a range that was registered when it began is hit.
+    pub fn hit(&self) -> bool {
+        self.hit
+    }
 }
 
 impl Driven {
@@ -68,26 +76,39 @@ impl Driven {
     /// Who registers a range before the change is done may have looked at what goes away; so when the invalidation ends, it
     /// is an event of the ranges registered since it began.
     pub fn begin(&self, range: AddressRange) -> Result<Invalidation<'_>, Forked> {
-        let number = self.invalidate_since(range, 0)?;
+        let (hit, number) = self.invalidate_since(range, 0)?;
         Ok(Invalidation {
             driven: self,
             range,
             number,
+            hit,
         })
     }
 
-    /// What lay behind a range has changed.
-    pub fn invalidate(&self, range: AddressRange) -> Result<(), Forked> {
-        self.invalidate_since(range, 0).map(|_| ())
+    /// What lay behind a range has changed. Whether a registered range is hit.
+    pub fn invalidate(&self, range: AddressRange) -> Result<bool, Forked> {
+        Ok(self.invalidate_since(range, 0)?.0)
     }
 
-    fn invalidate_since(&self, range: AddressRange, number: u64) -> Result<u64, Forked> {
+    /// Whether there is something to read.
+    pub(crate) fn is_readable(&self) -> bool {
+        self.notifier.lock().is_ok_and(|state| state.queue.readable())
+    }
+
+    /// Moves the counter for whoever looks at nothing else.
+    pub(crate) fn move_counter(&self) {
+        self.counter.increment();
+    }
+
+    /// Of ranges that have at least this number. Whether one is hit, and the number of the next.
+    fn invalidate_since(&self, range: AddressRange, number: u64) -> Result<(bool, u64), Forked> {
         let mut state = self.notifier.lock()?;
-        if state.queue.invalidate_since(range, number) {
+        let hit = state.queue.invalidate_since(range, number);
+        if hit {
             self.counter.increment();
         }
         self.notifier.announce(&mut state);
-        Ok(state.queue.number())
+        Ok((hit, state.queue.number()))
     }
 }
 

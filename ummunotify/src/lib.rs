@@ -11,7 +11,9 @@
 //! offer. From the top:
 //!
 //! ```text
+//! service         watchers in other processes
 //! notifier        register, read, poll
+//! stream          without registered ranges: everything in one, as it is noticed
 //! queue  ranges   what is pending; which ranges an invalidation hits
 //! watcher         who notices: kvm, perf, userfaultfd, or the program itself (Driven)
 //! counter         the page
@@ -30,7 +32,9 @@ mod queue;
 #[cfg(test)]
 mod random;
 mod ranges;
+pub mod service;
 mod signals;
+mod stream;
 mod watcher;
 
 pub use choice::{Choice, OpenError, UnknownWatcher, WatcherKind};
@@ -39,6 +43,7 @@ pub use driven::{Driven, Invalidation};
 pub use notifier::{ExchangeError, Forked, Notifier, ReadError, RegisterError, UnregisterError};
 pub use queue::Event;
 pub use ranges::{AddressRange, Cookie, Ranges};
+pub use stream::Stream;
 pub use watcher::kvm::KvmError;
 pub use watcher::perf::PerfError;
 pub use watcher::userfaultfd::UserfaultfdError;

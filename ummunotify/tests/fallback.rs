@@ -106,7 +106,7 @@ fn in_a_forked_process_perfs_counter_stands_still() {
         let right = notifier.counter().load() == before && notifier.try_read(1).is_err();
         drop(notifier);
         // SAFETY: ends the process.
-        unsafe { libc::_exit(if right { 0 } else { 1 }) };
+        unsafe { libc::_exit(i32::from(!right)) };
     }
     let mut status = 0;
     // SAFETY: waits for a child of this process.

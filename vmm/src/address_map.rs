@@ -4,6 +4,7 @@
 //! 0                    RAM, up to 3 GiB
 //!     0xe_0000           of it, the structures that the guest is booted with (up to 0x10_0000)
 //! 0xc000_0000          nothing; devices of the platform (I/O APIC 0xfec0_0000, local APIC 0xfee0_0000)
+//! 0xfeb0_0000          the balloon's registers, if there is one
 //! 0xfeff_0000          boot-information page, read-only
 //! 0xfeff_1000          ACPI tables, 1 page, read-only
 //! 0xfeff_c000          KVM's identity-mapped page table, 1 page
@@ -47,6 +48,9 @@ pub const IO_APIC: u32 = 0xfec0_0000;
 /// KVM's local APICs, each CPU's own.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
+/// The registers of the balloon, of a page of their own.
+pub const BALLOON: GuestAddress = GuestAddress(guest::balloon::REGISTERS);
+
 /// The page for `KVM_SET_IDENTITY_MAP_ADDR`.
 pub const KVM_IDENTITY_MAP: GuestAddress = GuestAddress(0xfeff_c000);
 
@@ -67,6 +71,7 @@ pub(crate) fn may_be_read_only(address: u64, size: u64) -> bool {
     let taken = [
         (u64::from(IO_APIC), PAGE_SIZE),
         (u64::from(LOCAL_APIC), PAGE_SIZE),
+        (BALLOON.0, PAGE_SIZE),
         (KVM_IDENTITY_MAP.0, PAGE_SIZE),
         (KVM_TSS.0, 3 * PAGE_SIZE),
     ];
@@ -160,6 +165,16 @@ impl RamMap {
         })
     }
 
+    /// Where the guest sees these bytes of RAM, in order.
+    pub fn addresses_of(&self, offsets: Range<u64>) -> impl Iterator<Item = Range<GuestAddress>> + use<> {
+        self.ranges().filter_map(move |range| {
+            let start = offsets.start.max(range.offset);
+            let end = offsets.end.min(range.offset + range.size);
+            let at = |offset| GuestAddress(offset - range.offset + range.guest.0);
+            (start < end).then(|| at(start)..at(end))
+        })
+    }
+
     /// The guest-physical address of a RAM offset, if RAM is that large.
     pub fn address_of(&self, offset: u64) -> Option<GuestAddress> {
         self.ranges().find_map(|range| {
@@ -221,6 +236,7 @@ mod tests {
             (0, LOW_RAM_END),
             (IO_APIC.into(), PAGE_SIZE),
             (LOCAL_APIC.into(), PAGE_SIZE),
+            (BALLOON.0, PAGE_SIZE),
             (BOOT_INFO.0, PAGE_SIZE),
             (ACPI_TABLES.0, PAGE_SIZE),
             (KVM_IDENTITY_MAP.0, PAGE_SIZE),

@@ -11,10 +11,12 @@ use thiserror::Error;
 use umem::pager::{PagerError, PagerStats};
 use umem::states::StateCounts;
 use umem::units::{PAGE_SIZE, PageIndex};
+use ummunotify::AddressRange;
 use vm_memory::GuestAddress;
 
-use crate::devices::Stopper;
+use crate::devices::{BalloonStatus, Stopper};
 use crate::ending::Ending;
+use crate::invalidations::Invalidations;
 use crate::kvm::ExitReason;
 use crate::machine::{ParkError, Parts};
 use crate::migration::{
@@ -99,6 +101,35 @@ pub enum Event {
     SourceBack,
     /// A page cannot be had, and the VM ends. Told once.
     PagerFailed(Arc<PagerError>),
+    /// What is behind guest-physical addresses is about to change. Only told where somebody may watch that from outside.
+    Invalidated {
+        /// Why.
+        cause: Cause,
+        /// Where.
+        ranges: Arc<[AddressRange]>,
+    },
+}
+
+/// Why what is behind guest-physical addresses changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The guest has put pages into its balloon.
+    Balloon,
+    /// The guest has reported that pages are free.
+    FreePageReporting,
+    /// The VM goes on elsewhere, or not at all: its RAM is the guest's no longer.
+    SwitchOver,
+}
+
+impl Cause {
+    /// In a word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Balloon => "balloon",
+            Self::FreePageReporting => "free-page-reporting",
+            Self::SwitchOver => "switch-over",
+        }
+    }
 }
 
 /// Is told events, one after another. Must neither block nor change the VM's state.
@@ -116,6 +147,12 @@ pub enum PauseError {
     /// Another request has not ended yet.
     #[error("another request is being served")]
     Busy,
+    /// A device does not come to an end with what it does. The VM runs on as before.
+    #[error("a device did not stop within {} ms; the VM goes on as before", waited.as_millis())]
+    DeviceBusy {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// A vCPU is in the kernel and cannot be interrupted. The VM runs on as before.
     #[error("{}; the VM goes on as before", stuck(*index, *waited, page.as_ref()))]
     VcpuWaits {
@@ -149,6 +186,28 @@ pub enum ResumeError {
     /// Another request has not ended yet.
     #[error("another request is being served")]
     Busy,
+}
+
+/// Why a VM's balloon has no other size.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// There is none.
+    #[error("the VM has no balloon: give it one with --balloon")]
+    NoBalloon,
+    /// More than RAM.
+    #[error("a balloon of {asked} bytes does not fit into RAM, which has {ram}")]
+    TooLarge {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes of RAM.
+        ram: u64,
+    },
+    /// No whole pages.
+    #[error("the size of a balloon is a multiple of 4096 bytes, and {0} is not")]
+    Unaligned(u64),
+    /// There is no VM.
+    #[error("the balloon cannot be resized: the VM is {0}")]
+    WrongState(VmState),
 }
 
 /// Why a VM was not told to end.
@@ -201,6 +260,8 @@ pub struct Counters {
     pub exits: [(ExitReason, u64); ExitReason::ALL.len()],
     /// When the first vCPU entered the guest.
     pub first_instruction: Option<Instant>,
+    /// What its balloon holds, if it has one.
+    pub balloon: Option<BalloonStatus>,
 }
 
 /// A handle on a VM. Clones are for the same one.
@@ -215,6 +276,8 @@ struct Shared {
     observers: Mutex<Vec<Observer>>,
     /// Whoever pauses, resumes or makes a snapshot has it.
     turn: Mutex<()>,
+    /// Those outside who watch guest-physical addresses.
+    invalidations: Mutex<Option<Arc<Invalidations>>>,
 }
 
 struct Inner {
@@ -254,6 +317,7 @@ impl Control {
                 }),
                 observers: Mutex::new(Vec::new()),
                 turn: Mutex::new(()),
+                invalidations: Mutex::new(None),
             }),
         }
     }
@@ -349,7 +413,7 @@ impl Control {
         let complete = state.and_then(|state| draft.complete(&state));
         match (&complete, options.then) {
             // If it has ended already, all the better.
-            (Ok(_), Then::Stop) => drop(self.shutdown()),
+            (Ok(_), Then::Stop) => self.switching_over(|| drop(self.shutdown())),
             (Err(_), Then::Stop) if !was_paused => drop(self.unpark(&parts)),
             _ => {}
         }
@@ -443,6 +507,7 @@ impl Control {
         match parts.vcpus.park(patience) {
             Ok(()) if self.change(VmState::Paused) => Ok(()),
             Ok(()) | Err(ParkError::Ended) => Err(PauseError::WrongState(VmState::Stopped)),
+            Err(ParkError::Device { waited }) => Err(PauseError::DeviceBusy { waited }),
             Err(ParkError::Stuck { index, waited }) => Err(PauseError::VcpuWaits {
                 index,
                 waited,
@@ -458,6 +523,54 @@ impl Control {
             parts.vcpus.unpark();
         }
         runs
+    }
+
+    /// Wants the balloon to hold so many bytes of RAM. The guest hears of it, and does it when and as far as it can.
+    pub fn resize_balloon(&self, bytes: u64) -> Result<(), ResizeError> {
+        let (state, Some(parts)) = self.now() else {
+            return Err(ResizeError::WrongState(self.state()));
+        };
+        if state == VmState::Stopped {
+            return Err(ResizeError::WrongState(state));
+        }
+        parts.resize_balloon(bytes)
+    }
+
+    /// Lets others watch guest-physical addresses from outside, until the VM ends.
+    pub fn tell_of_invalidations(&self, invalidations: Invalidations) {
+        *self.watchers() = Some(Arc::new(invalidations));
+    }
+
+    /// Those who watch guest-physical addresses from outside, if that is possible.
+    pub fn invalidations(&self) -> Option<Arc<Invalidations>> {
+        self.watchers().clone()
+    }
+
+    /// Makes a change of what is behind these guest-physical addresses: by `make`, which is called once whatever others do. Before
+    /// it is, they have been told, and are done with what was there, or have had their time for it.
+    pub fn changing<T>(&self, cause: Cause, ranges: &[AddressRange], make: impl FnOnce() -> T) -> T {
+        let Some(invalidations) = self.invalidations() else {
+            return make();
+        };
+        let ranges: Arc<[AddressRange]> = ranges.into();
+        self.tell(&Event::Invalidated {
+            cause,
+            ranges: Arc::clone(&ranges),
+        });
+        invalidations.change(&ranges, make)
+    }
+
+    /// The same for all of RAM, which is the guest's no longer when `make` returns. For whoever moves a VM elsewhere: before it runs
+    /// there.
+    pub fn switching_over<T>(&self, make: impl FnOnce() -> T) -> T {
+        self.changing(Cause::SwitchOver, &[AddressRange::ALL], make)
+    }
+
+    fn watchers(&self) -> MutexGuard<'_, Option<Arc<Invalidations>>> {
+        self.shared
+            .invalidations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the VM, in whatever state it is: with the outcome `stopped`.
@@ -598,6 +711,8 @@ impl Control {
 
     /// Lets go of the VM. Who is making a snapshot of it has what it needs: memory that is not written any more.
     pub(crate) fn detach(&self) {
+        // Who watches from outside sees that it is over.
+        drop(self.watchers().take());
         self.inner().parts = None;
     }
 }

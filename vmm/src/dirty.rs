@@ -151,7 +151,7 @@ pub struct OwnWrites {
 }
 
 impl OwnWrites {
-    fn new(pages: u64) -> Self {
+    pub(crate) fn new(pages: u64) -> Self {
         let words = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self { words }
     }
@@ -165,7 +165,7 @@ impl OwnWrites {
     }
 
     /// What was noted since the last time.
-    fn take(&self, into: &mut PageBitmap) {
+    pub(crate) fn take(&self, into: &mut PageBitmap) {
         for (own, word) in self.words.iter().zip(&mut into.words) {
             *word |= own.swap(0, AcqRel);
         }
@@ -193,9 +193,11 @@ impl DirtyTracker {
     pub fn start(vm: &Vm, memory: &GuestMemory) -> Result<Self, VmError> {
         let tracker = Self {
             slots: memory.ram_slots().collect(),
-            own: Arc::new(OwnWrites::new(memory.ram_pages())),
+            own: memory.own_writes(),
             kept: PageBitmap::new(memory.ram_pages()),
         };
+        // What was noted before this is not asked for.
+        tracker.own.take(&mut PageBitmap::new(memory.ram_pages()));
         for (slot, _) in &tracker.slots {
             if let Err(error) = vm.log_dirty_pages(*slot, true) {
                 // It says nothing that the first error does not.

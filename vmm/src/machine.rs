@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use firmware::boot_info::BootInfo;
 use thiserror::Error;
+use umem::causes::chain;
 use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::states::{PageStates, StateCounts};
@@ -17,12 +18,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ReadOnlyPages, RomError};
-use crate::control::{Control, Counters, Event};
+use crate::control::{Control, Counters, Event, ResizeError};
 use crate::devices::{
-    Console, ConsoleError, DeviceBus, DeviceState, EventLoop, EventLoopError, SERIAL_IRQ, Stopper,
+    BALLOON_IRQ, Balloon, BalloonOptions, Console, ConsoleError, DeviceBus, DeviceState, EventLoop,
+    EventLoopError, SERIAL_IRQ, Stopper,
 };
 use crate::dirty::{Changes, DirtyTracker, PageBitmap, Tracking};
 use crate::ending::Ending;
+use crate::invalidations::InvalidationsError;
 use crate::kvm::{
     AsyncPageFaultCounter, AsyncPageFaults, ChipsetState, ChipsetStateError, CpuMismatch, CpuModel,
     CpuModelError, Host, HostError, MsrError, StateList, Vcpu, VcpuSetupError, VcpuState, VcpuStateError, Vm,
@@ -31,6 +34,7 @@ use crate::kvm::{
 use crate::memory::GuestMemory;
 use crate::migration::{Arrival, ArrivalError, Description, Mode};
 use crate::ram_source::{RamSource, ServeError, ServingPager};
+use crate::removal::{Ram, Remover};
 use crate::report::{Process, Report, milliseconds};
 use crate::snapshot::{Memory, Saved, SavedPages, SnapshotError, SnapshotState, VERSION};
 use crate::thread_placement::{Placement, PlacementError, Places};
@@ -114,6 +118,8 @@ pub struct MachineConfig {
     /// Whether the pages that change are tracked, so that a snapshot that is laid over the one before, or over the image that RAM
     /// is loaded from, looks at no others.
     pub track_dirty: bool,
+    /// A balloon; one that is restored has it as it was saved.
+    pub balloon: Option<BalloonOptions>,
 }
 
 /// Why a VM could not be run, or not to its end.
@@ -192,6 +198,9 @@ pub enum MachineError {
     /// No event loop.
     #[error("cannot set up the event loop")]
     EventLoop(#[from] EventLoopError),
+    /// What the kernel does to RAM cannot be told.
+    #[error(transparent)]
+    Invalidations(#[from] InvalidationsError),
     /// The working set cannot be recorded.
     #[error(transparent)]
     WorkingSet(#[from] WorkingSetFileError),
@@ -248,6 +257,7 @@ impl Parts {
             vcpus: self.cpus,
             exits: self.vcpus.exits(),
             first_instruction: self.vcpus.first_instruction(),
+            balloon: self.bus.balloon().map(Balloon::status),
         })
     }
 
@@ -339,6 +349,20 @@ impl Parts {
         })
     }
 
+    /// Wants the balloon to hold so many bytes.
+    pub(crate) fn resize_balloon(&self, bytes: u64) -> Result<(), ResizeError> {
+        let balloon = self.bus.balloon().ok_or(ResizeError::NoBalloon)?;
+        let ram = self.ram.size();
+        if bytes > ram {
+            return Err(ResizeError::TooLarge { asked: bytes, ram });
+        }
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(ResizeError::Unaligned(bytes));
+        }
+        balloon.resize(bytes);
+        Ok(())
+    }
+
     /// For how long somebody has been waiting for a page.
     pub(crate) fn longest_wait(&self) -> Option<Duration> {
         self.pager().as_ref()?.longest_wait()
@@ -360,6 +384,10 @@ pub fn run(
     report: &mut Report,
 ) -> Result<Outcome, MachineError> {
     let result = run_to_the_end(config, control, started, report);
+    if let (Err(error), Start::Arrive(arrival, _)) = (&result, &config.start) {
+        // Whoever sends it hears why it cannot be taken, and not only that nobody is there any more.
+        arrival.give_up(&chain(error));
+    }
     control.stopped();
     result
 }
@@ -388,11 +416,12 @@ fn run_to_the_end(
     // SAFETY: nothing that the guest could see goes away while a vCPU may run: at the end of this function all vCPUs are closed,
     // or the memory is never given back. (The pager goes before the VM does, whose end may wait for pages.)
     unsafe { memory.map_into(&vm) }?;
+    watch_ram(control, &region, config.ram)?;
     let tracking = Tracking::start(config.track_dirty, config.source.exact_digest(), &vm, &memory)?;
     clock.lap("slots");
 
     let vm = Arc::new(vm);
-    let (model, vcpus) = make_vcpus(config, &host, &vm)?;
+    let (model, all) = make_vcpus(config, &host, &vm)?;
     clock.lap("vcpus");
     let Some(saved) = begin_state(config, control, &mut event_loop, &region)? else {
         return Ok(Outcome::Ended(Ending::Stopped));
@@ -407,24 +436,20 @@ fn run_to_the_end(
         .transpose()?;
     clock.lap("pager");
 
-    let (console, bus) = make_devices(config, saved.as_deref(), &vm)?;
+    let (console, bus) = make_devices(config, saved.as_deref(), &vm, (&memory, &region), control)?;
     event_loop.add(Box::new(console));
     clock.lap("devices");
 
     let restore = Restore::of(saved.as_ref(), &host, &vm, &bus)?;
     log_start(config);
-    let on_first_instruction = {
-        let control = control.clone();
-        move || control.started()
-    };
+    let on_first_instruction = on_first_instruction(control);
     let stopper = event_loop.stopper();
-    let tsc_khz = vcpus[0].tsc_khz();
+    let tsc_khz = all[0].tsc_khz();
     let (begin, arrival) = match &config.start {
         Start::Arrive(arrival, _) => (Begin::Standing, Some(arrival.clone())),
         Start::Boot { .. } | Start::Restore(_) => (Begin::Running, None),
     };
-    let (vcpus, threads, not_started) =
-        Vcpus::start(vcpus, &bus, stopper, restore, begin, places, on_first_instruction);
+    let vcpus = Vcpus::new(&all, &bus, stopper, restore, begin, places, on_first_instruction);
     let parts = Arc::new(Parts {
         vcpus: Arc::clone(&vcpus),
         ram: config.ram,
@@ -440,7 +465,9 @@ fn run_to_the_end(
         tracking: Mutex::new(tracking),
         arrival,
     });
+    // Before a vCPU runs: who hears that it does may ask for anything.
     control.attach(&parts);
+    let (threads, not_started) = vcpus.start(all);
     take_over(&parts, event_loop.stopper());
     // Only now: it can take long, and nobody waits for it. If not all were started, there is nothing to count.
     let counters = match not_started {
@@ -450,7 +477,8 @@ fn run_to_the_end(
 
     let ending = event_loop.run();
     tracing::info!(?ending, "the VM has ended");
-    let not_arrived = end_arrival(parts.arrival.as_ref());
+    let restore_error = vcpus.restore_error();
+    let not_arrived = end_arrival(parts.arrival.as_ref(), restore_error.as_ref(), failure.get());
     control.stopped();
     vcpus.end();
     let all_stopped = threads.end_within(VCPU_GRACE);
@@ -465,7 +493,7 @@ fn run_to_the_end(
 
     report.setup_ms = clock.laps;
     report_run(config, control, started, &parts, pager.as_ref(), report);
-    if failure.get().is_some() {
+    if failure.get().is_some() && not_arrived.is_none() {
         report.lost_pages = pager.as_ref().map(|pager| lost_pages(&pager.pages().0));
     }
     report.set_async_page_faults(&counters);
@@ -480,7 +508,7 @@ fn run_to_the_end(
     if let Some(error) = not_started {
         return Err(MachineError::Os(error));
     }
-    if let (None, Some(error)) = (failure.get(), vcpus.restore_error()) {
+    if let (None, Some(error)) = (failure.get(), restore_error) {
         return Err(error);
     }
     if let Some(error) = not_arrived {
@@ -510,6 +538,12 @@ fn report_run(
     }
 }
 
+/// What is told when the first vCPU enters the guest.
+fn on_first_instruction(control: &Control) -> impl Fn() + Send + Sync + use<> {
+    let control = control.clone();
+    move || control.started()
+}
+
 fn log_start(config: &MachineConfig) {
     tracing::info!(
         source = config.source.url(),
@@ -524,14 +558,17 @@ fn make_devices(
     config: &MachineConfig,
     saved: Option<&SnapshotState>,
     vm: &Vm,
+    (memory, region): (&GuestMemory, &Arc<Region>),
+    control: &Control,
 ) -> Result<(Console, Arc<DeviceBus>), MachineError> {
     let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
     vm.irqfd(&interrupt, SERIAL_IRQ)?;
     let devices = saved.map(SnapshotState::devices);
     let console = make_console(config, devices, interrupt)?;
+    let balloon = make_balloon(config, devices, vm, memory, region, control)?;
     let bus = match devices {
-        None => DeviceBus::new(console.serial()),
-        Some(devices) => DeviceBus::restored(console.serial(), devices),
+        None => DeviceBus::new(console.serial(), balloon),
+        Some(devices) => DeviceBus::restored(console.serial(), balloon, devices),
     };
     Ok((console, Arc::new(bus)))
 }
@@ -549,6 +586,41 @@ fn make_console(
             Console::open(None, output.into(), interrupt, registers)?
         }
     })
+}
+
+/// Tells those outside who watch guest-physical addresses where they are.
+fn watch_ram(control: &Control, region: &Region, map: RamMap) -> Result<(), InvalidationsError> {
+    match control.invalidations() {
+        Some(invalidations) => invalidations.watch_ram(region, map),
+        None => Ok(()),
+    }
+}
+
+/// The balloon, if the machine has one.
+fn make_balloon(
+    config: &MachineConfig,
+    saved: Option<&DeviceState>,
+    vm: &Vm,
+    memory: &GuestMemory,
+    region: &Arc<Region>,
+    control: &Control,
+) -> Result<Option<Balloon>, MachineError> {
+    let saved = saved.map(|saved| saved.balloon.as_ref());
+    if saved.map_or(config.balloon.is_none(), |balloon| balloon.is_none()) {
+        return Ok(None);
+    }
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Os)?;
+    vm.irqfd(&interrupt, BALLOON_IRQ)?;
+    // Fails only if RAM were of another size than its map.
+    let ram = Ram::new(Arc::clone(region), config.ram, memory.own_writes())
+        .ok_or_else(|| MachineError::Os(std::io::ErrorKind::InvalidInput.into()))?;
+    let remover = Arc::new(Remover::new(ram, control.clone()));
+    let balloon = match (saved.flatten(), config.balloon) {
+        (Some(state), _) => Balloon::restored(state, remover, interrupt),
+        (None, Some(options)) => Balloon::new(options, remover, interrupt),
+        (None, None) => return Ok(None),
+    };
+    balloon.map(Some).map_err(MachineError::Os)
 }
 
 /// All vCPUs, and the CPU that they are. All before the first runs: an INIT for one that does not exist yet would be lost.
@@ -629,7 +701,7 @@ fn start_pager(
             tracing::info!("all pages are present");
             control.tell(&Event::AllPagesPresent);
             if let Some(arrival) = &arrival {
-                arrival.complete();
+                arrival.has_all();
             }
         }
         Notice::SourceLost(why) => control.tell(&Event::SourceLost(why)),
@@ -662,7 +734,7 @@ fn read_only_pages(config: &MachineConfig) -> Result<Vec<ReadOnlyPages>, RomErro
         Start::Restore(saved) => return saved.read_only_pages(),
         Start::Arrive(_, machine) => return machine.read_only_pages(),
     };
-    let description = ReadOnlyPages::description(entry, config.cpus)?;
+    let description = ReadOnlyPages::description(entry, config.cpus, config.balloon.is_some())?;
     Ok(match firmware {
         Firmware::BuiltIn => vec![ReadOnlyPages::builtin_rom()?, description],
         Firmware::File(path) => vec![ReadOnlyPages::rom_from_file(path)?, description],

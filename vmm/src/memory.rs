@@ -1,6 +1,6 @@
 //! Guest memory: a umem region, seen by the guest at its guest-physical addresses.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use umem::region::Region;
 use umem::units::{PageIndex, PageRange};
@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::ReadOnlyPages;
+use crate::dirty::OwnWrites;
 use crate::kvm::{Vm, VmError};
 
 /// Everything that the guest sees as memory, kept for as long as the guest may look at it.
@@ -16,13 +17,19 @@ pub struct GuestMemory {
     ram: Arc<Region>,
     map: RamMap,
     read_only: Vec<ReadOnlyPages>,
+    own_writes: OnceLock<Arc<OwnWrites>>,
 }
 
 impl GuestMemory {
     /// RAM as `map` says, backed by `ram` (whose size is that of `map`), and pages outside RAM that are only read.
     pub fn new(ram: Arc<Region>, map: RamMap, read_only: Vec<ReadOnlyPages>) -> Self {
         debug_assert_eq!(ram.size(), map.size());
-        Self { ram, map, read_only }
+        Self {
+            ram,
+            map,
+            read_only,
+            own_writes: OnceLock::new(),
+        }
     }
 
     /// The memory slots that RAM has in a VM, each with the pages in it.
@@ -37,6 +44,12 @@ impl GuestMemory {
     /// How many pages RAM has.
     pub fn ram_pages(&self) -> u64 {
         self.map.size() / PAGE_SIZE
+    }
+
+    /// Where this process notes what it writes to RAM by itself: for one who tells what changes, and any number who write.
+    pub fn own_writes(&self) -> Arc<OwnWrites> {
+        let own_writes = || Arc::new(OwnWrites::new(self.ram_pages()));
+        Arc::clone(self.own_writes.get_or_init(own_writes))
     }
 
     /// The pages outside RAM.

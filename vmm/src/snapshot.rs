@@ -25,8 +25,10 @@ pub use self::incremental::BaseError;
 pub(crate) use self::save::{Beside, Complete, Draft, Memory};
 pub use self::save::{SnapshotError, SnapshotOptions, SnapshotProgress, SnapshotSummary, Then};
 
-/// The version that is written.
-pub const VERSION: u32 = 1;
+/// The newest version: of a machine that has a balloon. One that has none is written as the version before, which has none either.
+pub const VERSION: u32 = 2;
+/// What a machine without a balloon is written as.
+const WITHOUT_BALLOON: u32 = 1;
 /// The oldest version that is read.
 const OLDEST: u32 = 1;
 
@@ -67,7 +69,7 @@ pub enum StateError {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotState {
-    /// [`VERSION`].
+    /// [`VERSION`] or the one before.
     version: u32,
     /// Seconds since 1970.
     created: u64,
@@ -157,7 +159,10 @@ impl SnapshotState {
     pub(crate) fn new(saved: Saved<'_>) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
-            version: VERSION,
+            version: match saved.devices.balloon {
+                Some(_) => VERSION,
+                None => WITHOUT_BALLOON,
+            },
             created: now.map_or(0, |now| now.as_secs()),
             ram_size: saved.ram.size(),
             page_size: PAGE_SIZE,
@@ -214,6 +219,21 @@ impl SnapshotState {
         }
         if self.async_pf != self.cpu.has_async_page_faults() {
             return Err("its CPUID says something else of asynchronous page faults".into());
+        }
+        if self.devices.balloon.is_some() != (self.version > WITHOUT_BALLOON) {
+            return Err(format!(
+                "a snapshot of version {} has {} balloon",
+                self.version,
+                if self.devices.balloon.is_some() { "no" } else { "a" }
+            ));
+        }
+        if self
+            .devices
+            .balloon
+            .as_ref()
+            .is_some_and(|balloon| !balloon.is_possible())
+        {
+            return Err("its balloon has queues that there cannot be".into());
         }
         if !self.devices.serial.is_possible() {
             return Err("its serial port holds more than fits".into());

@@ -26,7 +26,7 @@ fn run(command_line: Option<&str>, with_firmware: bool) -> (Ending, String) {
     .unwrap();
     let memory = load(&layout);
     let rom = ReadOnlyPages::builtin_rom().unwrap();
-    let description = ReadOnlyPages::description(&layout.boot_info(), 1).unwrap();
+    let description = ReadOnlyPages::description(&layout.boot_info(), 1, false).unwrap();
 
     let host = Host::open().unwrap();
     let vm = Vm::new(&host).unwrap();
@@ -51,7 +51,7 @@ fn run(command_line: Option<&str>, with_firmware: bool) -> (Ending, String) {
     let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     vm.irqfd(&interrupt, SERIAL_IRQ).unwrap();
     let console = Console::new(None, sink, interrupt).unwrap();
-    let bus = DeviceBus::new(console.serial());
+    let bus = DeviceBus::new(console.serial(), None);
     event_loop.add(Box::new(console));
     let stopper = event_loop.stopper();
     let mut vcpu = Vcpu::new(

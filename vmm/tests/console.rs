@@ -74,7 +74,7 @@ fn with_console(input: Option<OwnedFd>, guest: impl FnOnce(&Guest, &Stopper) + S
     let console = Console::new(input, sink.into(), interrupt.try_clone().unwrap()).unwrap();
     let mut event_loop = EventLoop::new().unwrap();
     let driver = Guest {
-        bus: DeviceBus::new(console.serial()),
+        bus: DeviceBus::new(console.serial(), None),
         interrupt,
     };
     event_loop.add(Box::new(console));
@@ -175,7 +175,7 @@ fn a_prompt_appears_without_a_newline() {
     let (mut output, sink) = pipe();
     let console = Console::new(None, sink.into(), EventFd::new(0).unwrap()).unwrap();
     let mut event_loop = EventLoop::new().unwrap();
-    let bus = DeviceBus::new(console.serial());
+    let bus = DeviceBus::new(console.serial(), None);
     event_loop.add(Box::new(console));
     let stopper = event_loop.stopper();
     thread::scope(|scope| {

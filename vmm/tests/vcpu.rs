@@ -20,7 +20,7 @@ use vmm::{
     ending::Ending,
     kvm::{
         ASYNC_PF_ENABLE, ASYNC_PF_INTERRUPT, AsyncPageFaults, Bus, CpuModel, Exit, Host, ParavirtualMsrs,
-        Vcpu, VcpuError, Vm, paravirtual_msrs,
+        StateList, Vcpu, VcpuError, VcpuState, Vm, paravirtual_msrs,
     },
 };
 
@@ -377,4 +377,56 @@ fn restored_async_page_faults_wake_all() {
     saved.restore(vcpu).unwrap();
     assert_eq!(ParavirtualMsrs::save(vcpu, &msrs).unwrap(), saved);
     assert_eq!(second.run(&Recorder::default()), Ending::GuestExit(u32::MAX));
+}
+
+/// Of the memory types, which KVM holds and does not list, nothing is lost. And nothing is written to guest memory by a restore: the
+/// guest asked once to have the wall clock written there, and what it has there now is its own.
+#[test]
+fn memory_types_are_restored_and_the_wall_clock_is_not_written_again() {
+    const OLD_WALL_CLOCK: u32 = 0x11;
+    const WALL_CLOCK: u32 = 0x4b56_4d00;
+    const MEMORY_TYPES: [(u32, u64); 5] = [
+        // A pair: base with type, and mask with the bit that makes it count.
+        (0x204, 0x8000_0000 | 6),
+        (0x205, 0xf_c000_0000 | 1 << 11),
+        (0x250, 0x0606_0606_0606_0606),
+        (0x26f, 0x0505_0505_0505_0505),
+        (0x2ff, 6 | 1 << 11 | 1 << 10),
+    ];
+    let host = Host::open().unwrap();
+    let list = StateList::new(&host).unwrap();
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    // Which version, seconds and nanoseconds.
+    let clocks = [GuestAddress(0x8000), GuestAddress(0x9000)];
+    let written =
+        |machine: &Machine| clocks.map(|clock| machine.memory.read_obj::<[u32; 3]>(clock).unwrap() != [0; 3]);
+
+    let first = Machine::new(1);
+    let fd = first.vcpus[0].fd();
+    let mut values: Vec<_> = MEMORY_TYPES.map(|(msr, value)| entry(msr, value)).to_vec();
+    values.extend([entry(OLD_WALL_CLOCK, clocks[0].0), entry(WALL_CLOCK, clocks[1].0)]);
+    let done = fd.set_msrs(&Msrs::from_entries(&values).unwrap()).unwrap();
+    assert_eq!(done, values.len());
+    assert_eq!(written(&first), [true; 2]);
+    let saved = VcpuState::save(&first.vcpus[0], &list).unwrap();
+    let saved = serde_json::to_string(&saved).unwrap();
+    drop(first);
+
+    let second = Machine::new(1);
+    let state: VcpuState = serde_json::from_str(&saved).unwrap();
+    state.restore(&second.vcpus[0], &list).unwrap();
+    assert_eq!(written(&second), [false; 2], "guest memory was written to");
+    let mut values = Msrs::from_entries(&MEMORY_TYPES.map(|(msr, _)| entry(msr, 0))).unwrap();
+    let done = second.vcpus[0].fd().get_msrs(&mut values).unwrap();
+    assert_eq!(done, MEMORY_TYPES.len());
+    let found: Vec<_> = values
+        .as_slice()
+        .iter()
+        .map(|entry| (entry.index, entry.data))
+        .collect();
+    assert_eq!(found, MEMORY_TYPES);
 }

@@ -5,6 +5,7 @@
 //! interrupts and page faults of [`async_pf`] if the workload is one of tasks.
 
 mod async_pf;
+mod balloon;
 mod boot;
 mod clock;
 mod entry;
@@ -18,14 +19,14 @@ mod stacks;
 
 use core::panic::PanicInfo;
 
-use guest::command_line::{self, FaultKind, Pages as PagesWanted, Tasks, Workload};
+use guest::command_line::{self, FaultKind, How, Pages as PagesWanted, Tasks, Workload};
 use guest::exit_code::ExitCode;
 use guest::fingerprint::PAGE_SIZE;
 use guest::machine::Machine as _;
 use guest::memory_map::MemoryMap;
 use guest::order::Order;
 use guest::workload::tasks::{self, Job};
-use guest::workload::{Pages, dirty, hello, touch, verify};
+use guest::workload::{Pages, balloon as balloon_workload, dirty, hello, touch, verify, watch};
 
 use boot::Boot;
 use machine::PhysicalMachine;
@@ -93,7 +94,11 @@ fn plan(start_info: u64, cpus: u64) -> Result<Plan, Refusal> {
     };
     match workload {
         Workload::Hello | Workload::Fault(_) => return Ok(plan),
-        Workload::Verify { .. } | Workload::Touch { .. } | Workload::Dirty { .. } => {}
+        Workload::Verify { .. }
+        | Workload::Touch { .. }
+        | Workload::Dirty { .. }
+        | Workload::Watch { .. }
+        | Workload::Balloon { .. } => {}
         Workload::Tasks(Tasks { tasks, .. }) => plan.take_stacks(tasks as u64 * cpus)?,
     }
     let pages = plan.pages().map_err(|wanted| {
@@ -126,7 +131,9 @@ impl Plan {
             Workload::Verify { pages, order, .. }
             | Workload::Touch { pages, order, .. }
             | Workload::Dirty { pages, order, .. }
+            | Workload::Balloon { pages, order, .. }
             | Workload::Tasks(Tasks { pages, order, .. }) => (pages, order),
+            Workload::Watch { pages, .. } => (pages, Order::Sequential),
             Workload::Hello | Workload::Fault(_) => (PagesWanted::First(0), Order::Sequential),
         };
         let count = match pages {
@@ -146,7 +153,14 @@ fn run(plan: &'static Plan, cpu: u64) -> ! {
             Workload::Verify { seed, full, .. } => verify::run(&machine, &pages, seed, full),
             Workload::Touch { rounds, .. } => touch::run(&machine, &pages, rounds),
             Workload::Dirty { rounds, .. } => dirty::run(&machine, &pages, rounds),
+            Workload::Watch {
+                rounds, period_us, ..
+            } => watch::run(&machine, &pages, rounds, period_us),
             Workload::Tasks(options) => run_tasks(&machine, &pages, options),
+            Workload::Balloon {
+                how, wait, rounds, ..
+            } if cpu == 0 => run_balloon(&machine, &pages, how, wait, rounds),
+            Workload::Balloon { .. } => exit::park(),
             Workload::Fault(kind) if cpu == 0 => fail(kind),
             Workload::Fault(_) => exit::park(),
         },
@@ -169,6 +183,18 @@ fn run_tasks(machine: &PhysicalMachine, pages: &Pages<'_>, options: Tasks) -> Ex
     // SAFETY: the plan has taken them out of the memory map, for each CPU its own.
     let fibers = unsafe { OwnFibers::new(area, &job, machine.plan.stacks + first, options.tasks) };
     fibers.run(options.tasks, |fibers| tasks::run(&job, fibers))
+}
+
+/// The workload of the balloon.
+fn run_balloon(machine: &PhysicalMachine, pages: &Pages<'_>, how: How, wait: bool, rounds: u64) -> ExitCode {
+    match balloon::Driver::start() {
+        Ok(driver) if how == How::Report && !driver.reports() => {
+            println(format_args!("error=balloon_takes_no_reports"));
+            ExitCode::Machine
+        }
+        Ok(mut driver) => balloon_workload::run(machine, &mut driver, pages, how, wait, rounds),
+        Err(refusal) => refusal.code,
+    }
 }
 
 /// The workload that fails.

@@ -47,6 +47,11 @@ pub(super) fn map_up_to(map: &MemoryMap, last: u64) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Maps the GiB in which a device's registers are, where there is no RAM. CPU 0 calls this once, before it uses them.
+pub(super) fn map_device(address: u64) {
+    map_gib(address >> 30);
+}
+
 fn map_gib(gib: u64) {
     let link = (PDPT_ADDRESS as usize + gib as usize * 8) as *mut u64;
     // SAFETY: `gib` is 1 to 511, so both places exist; only CPU 0 is here, and no table that is in use changes but for one entry

@@ -1,10 +1,12 @@
 //! The workloads. Each runs on every CPU at once, on that CPU's share of the pages, and CPU 0 does the talking.
 
+pub mod balloon;
 pub mod dirty;
 pub mod hello;
 pub mod tasks;
 pub mod touch;
 pub mod verify;
+pub mod watch;
 
 use core::ops::Range;
 

@@ -47,7 +47,7 @@ impl Connection {
         self.frozen.load(Relaxed) && !self.is_over()
     }
 
-    fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.over.load(Relaxed)
     }
 
@@ -123,6 +123,9 @@ impl Way<'_> {
                 continue;
             }
             self.notice(&frame);
+            self.shared
+                .hold(self.connection, self.towards, frames::message(&frame).as_ref());
+            self.shared.pace(frame.len());
             let fault = faults.next_if(|fault| fault.frame <= number);
             number += 1;
             next = match fault {

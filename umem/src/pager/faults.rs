@@ -191,8 +191,8 @@ impl FaultThread {
         };
         let unit = shared.states.unit_of(page);
         match fault.kind {
-            FaultKind::Minor => self.answer_minor(unit, since),
-            FaultKind::Missing | FaultKind::WriteProtect => match shared.states.claim(unit) {
+            FaultKind::Minor if shared.source.may_map(unit.start) => self.answer_minor(unit, since),
+            _ => match shared.states.claim(unit) {
                 Claim::Granted => match shared.source.try_read(unit, &mut self.buffer) {
                     Ok(Some(content)) => {
                         shared.note_touch(page);
@@ -200,6 +200,10 @@ impl FaultThread {
                     }
                     Ok(None) => {
                         shared.note_touch(page);
+                        if shared.source.installs() {
+                            shared.submit(&[unit], Class::Demand);
+                            return Ok(());
+                        }
                         shared.await_fetch(unit, since, FaultClass::Fetched);
                         // Before it is asked for: the answer may be faster than this thread.
                         shared.schedule.begin_demand();
@@ -212,6 +216,8 @@ impl FaultThread {
                     }
                     Err(error) => Err(shared.source_error(error)),
                 },
+                // Who installs it wakes all who wait there.
+                Claim::Joined if shared.source.installs() => Ok(()),
                 Claim::Joined => self.join(unit, fault, since),
                 Claim::Present | Claim::Removed => self.zero_settled(unit, since),
             },
@@ -336,7 +342,11 @@ impl FaultThread {
         let shared = Arc::clone(&self.shared);
         let stripe = &shared.stripes[self.stripe];
         loop {
-            if shared.states.get(unit.start) == PageState::Absent {
+            if shared.source.installs() {
+                shared.states.claim(unit);
+                // Refused where it is settled.
+                shared.states.arrive(unit, Arrival::Demand);
+            } else if shared.states.get(unit.start) == PageState::Absent {
                 if shared.uncertain.binary_search(&unit.start).is_err() {
                     return Err(PagerError::Unaccounted { page: unit.start });
                 }

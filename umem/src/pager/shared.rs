@@ -1,7 +1,7 @@
 //! What a pager's threads share, and what they do with it.
 
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -116,14 +116,16 @@ impl Shared {
     /// Tells of the first failure. What it was about is never installed, and whoever waits for it keeps waiting: anything else
     /// would be an invented page.
     pub(super) fn fail(&self, error: PagerError) {
-        // What the end breaks off is no failure.
-        if !self.closing.load(Relaxed) && !self.failed.swap(true, AcqRel) {
+        // What the end breaks off is no failure, nor is what happens to a source of which nothing is missing any more.
+        let moot = self.closing.load(Relaxed) || self.released.load(Acquire);
+        if !moot && !self.failed.swap(true, AcqRel) {
             (self.observer)(Notice::Failed(Arc::new(error)));
         }
     }
 
     pub(super) fn stripe_of(&self, page: PageIndex) -> &Stripe {
-        &self.stripes[(page.0 / self.stripes[0].pages.count) as usize]
+        let first = self.stripes[0].pages;
+        &self.stripes[((page.0 - first.start.0) / first.count) as usize]
     }
 
     /// Pages that were claimed are not going to be fetched after all: who waits for them looks again.

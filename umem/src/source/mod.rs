@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 use serde::{Deserialize, Serialize};
 
 use crate::image::ReadError;
-use crate::units::PageRange;
+use crate::units::{PageIndex, PageRange};
 
 pub use crate::wire::{MAX_REQUEST_PAGES, MAX_REQUEST_RANGES};
 
@@ -136,6 +136,18 @@ pub trait PageSource: Send + Sync {
     /// [`MAX_REQUEST_PAGES`] pages. False: this source is not asked so, but by `read`.
     fn submit(&self, _ranges: &[PageRange], _class: Class) -> bool {
         false
+    }
+
+    /// Whether it installs what was submitted by itself, in the memory that is served, and marks it in the page-state table: the
+    /// pager then asks for it and has nothing more to do with it.
+    fn installs(&self) -> bool {
+        false
+    }
+
+    /// Whether a page that is in the shared memory behind the region may be mapped there. Not if somebody else than the pager writes
+    /// to that memory, and has not said that the page is whole.
+    fn may_map(&self, _page: PageIndex) -> bool {
+        true
     }
 
     /// Another way to the same content, for who reads beside a pager: if it is lost, this one is not. `None`: there is no need

@@ -244,6 +244,13 @@ impl Drop for RemoteSource {
     }
 }
 
+impl RemoteSource {
+    /// Nothing more will be asked of it: that its servers go away from now on is no loss, and they are not called again.
+    pub fn has_all(&self) {
+        self.shared.closing.store(true, Relaxed);
+    }
+}
+
 impl PageSource for RemoteSource {
     fn url(&self) -> String {
         self.shared

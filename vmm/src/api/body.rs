@@ -38,6 +38,14 @@ pub(super) struct SnapshotRequest {
     then: ThenRequest,
 }
 
+/// `vm.resize`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ResizeRequest {
+    /// How much of RAM the balloon is to hold, in bytes.
+    pub(super) desired_balloon: u64,
+}
+
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum ThenRequest {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use thiserror::Error;
 use umem::causes::causes;
 
-use crate::control::{CancelError, PauseError, ResumeError, ShutdownError, TakeBackError};
+use crate::control::{CancelError, PauseError, ResizeError, ResumeError, ShutdownError, TakeBackError};
 use crate::migration::MigrationError;
 use crate::snapshot::SnapshotError;
 
@@ -74,6 +74,12 @@ pub(super) enum ApiError {
     /// It was not taken back.
     #[error(transparent)]
     TakeBack(#[from] TakeBackError),
+    /// The balloon was not resized.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    /// Nobody can watch from outside.
+    #[error("nobody is told of invalidations: run the VM with --invalidations")]
+    NoInvalidations,
     /// It was not told to end.
     #[error(transparent)]
     Shutdown(#[from] ShutdownError),
@@ -106,12 +112,18 @@ impl ApiError {
             | Self::BadDestination(_)
             | Self::BadBase(_)
             | Self::BadMigrationDestination(_)
-            | Self::BadMigration(_) => StatusCode::BAD_REQUEST,
+            | Self::BadMigration(_)
+            | Self::Resize(ResizeError::TooLarge { .. } | ResizeError::Unaligned(_)) => {
+                StatusCode::BAD_REQUEST
+            }
             // It may be served later.
             Self::TooManyListeners(_)
-            | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. })
+            | Self::Pause(PauseError::Busy | PauseError::VcpuWaits { .. } | PauseError::DeviceBusy { .. })
             | Self::Snapshot(
-                SnapshotError::Busy | SnapshotError::Pause(PauseError::Busy | PauseError::VcpuWaits { .. }),
+                SnapshotError::Busy
+                | SnapshotError::Pause(
+                    PauseError::Busy | PauseError::VcpuWaits { .. } | PauseError::DeviceBusy { .. },
+                ),
             )
             | Self::Migration(MigrationError::Busy | MigrationError::Arriving(_))
             | Self::Resume(ResumeError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
@@ -121,6 +133,8 @@ impl ApiError {
             | Self::Migration(MigrationError::WrongState(_))
             | Self::Cancel(_)
             | Self::TakeBack(_)
+            | Self::Resize(ResizeError::NoBalloon | ResizeError::WrongState(_))
+            | Self::NoInvalidations
             | Self::Shutdown(ShutdownError::Stopped) => StatusCode::CONFLICT,
             Self::Migration(_) => StatusCode::BAD_GATEWAY,
             Self::Snapshot(_) | Self::Broken(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,

@@ -28,7 +28,7 @@ use tokio::sync::Semaphore;
 use tokio_stream::StreamExt;
 use umem::link::{Address, Listener};
 
-use self::body::{MigrationRequest, Nothing, SnapshotRequest, TakeBackRequest, read};
+use self::body::{MigrationRequest, Nothing, ResizeRequest, SnapshotRequest, TakeBackRequest, read};
 use self::error::ApiError;
 use crate::address_map::PAGE_SIZE;
 use crate::control::Control;
@@ -58,13 +58,15 @@ enum Verb {
     SendMigration,
     CancelMigration,
     TakeBack,
+    Resize,
+    Invalidations,
     Shutdown,
     Events,
     Metrics,
 }
 
 /// Everything that can be asked for, and how.
-const ROUTES: [(Method, &str, Verb); 12] = [
+const ROUTES: [(Method, &str, Verb); 14] = [
     (Method::GET, "/api/v1/vmm.ping", Verb::Ping),
     (Method::GET, "/api/v1/vm.info", Verb::Info),
     (Method::GET, "/api/v1/vm.counters", Verb::Counters),
@@ -74,6 +76,8 @@ const ROUTES: [(Method, &str, Verb); 12] = [
     (Method::PUT, "/api/v1/vm.send-migration", Verb::SendMigration),
     (Method::PUT, "/api/v1/vm.cancel-migration", Verb::CancelMigration),
     (Method::PUT, "/api/v1/vm.take-back", Verb::TakeBack),
+    (Method::PUT, "/api/v1/vm.resize", Verb::Resize),
+    (Method::GET, "/api/v1/vm.invalidations", Verb::Invalidations),
     (Method::PUT, "/api/v1/vm.shutdown", Verb::Shutdown),
     (Method::GET, "/api/v1/events", Verb::Events),
     (Method::GET, "/metrics", Verb::Metrics),
@@ -203,6 +207,17 @@ impl Api {
                 let wanted: TakeBackRequest = read(body).await?;
                 self.control.take_back(&wanted.token)?;
                 Ok(done())
+            }
+            Verb::Resize => {
+                let wanted: ResizeRequest = read(body).await?;
+                let control = self.control.clone();
+                blocking(move || control.resize_balloon(wanted.desired_balloon)).await??;
+                Ok(done())
+            }
+            Verb::Invalidations => {
+                read::<Nothing>(body).await?;
+                let invalidations = self.control.invalidations().ok_or(ApiError::NoInvalidations)?;
+                json(&blocking(move || view::Watchers::new(&invalidations)).await?)
             }
             Verb::Shutdown => {
                 read::<Nothing>(body).await?;

@@ -7,6 +7,8 @@ use serde::Serialize;
 use umem::pager::FaultClass;
 
 use crate::control::{Control, Counters};
+use crate::devices::BalloonStatus;
+use crate::invalidations::Invalidations;
 use crate::migration::{MigrationSummary, Status};
 use crate::report::{Latency, Source, milliseconds};
 use crate::snapshot::SnapshotSummary;
@@ -50,6 +52,8 @@ struct Machine {
     #[serde(skip_serializing_if = "Option::is_none")]
     time_to_all_pages_ms: Option<f64>,
     pages: Pages,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    balloon: Option<Balloon>,
     source: Source,
     demand_fault_us: Latency,
     fault_classes_us: BTreeMap<&'static str, Latency>,
@@ -70,6 +74,96 @@ struct Pages {
     duplicate: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     resident: Option<u64>,
+}
+
+/// A balloon, in bytes.
+#[derive(Debug, Serialize)]
+struct Balloon {
+    target: u64,
+    actual: u64,
+    inflated: u64,
+    deflated: u64,
+    reported: u64,
+}
+
+impl From<BalloonStatus> for Balloon {
+    fn from(status: BalloonStatus) -> Self {
+        Self {
+            target: status.target,
+            actual: status.actual,
+            inflated: status.inflated,
+            deflated: status.deflated,
+            reported: status.reported,
+        }
+    }
+}
+
+/// Those outside who watch guest-physical addresses.
+#[derive(Debug, Serialize)]
+pub(super) struct Watchers {
+    socket: String,
+    changes: u64,
+    hits: u64,
+    acknowledged: u64,
+    late: u64,
+    refused: u64,
+    clients: Vec<Watcher>,
+}
+
+#[derive(Debug, Serialize)]
+struct Watcher {
+    pid: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    acknowledge_within_ms: Option<f64>,
+    counter: u64,
+    last_begun: u64,
+    last_acknowledged: u64,
+    range_count: usize,
+    /// The first of them.
+    ranges: Vec<WatchedRange>,
+}
+
+#[derive(Debug, Serialize)]
+struct WatchedRange {
+    cookie: u64,
+    start: u64,
+    end: u64,
+}
+
+/// The most ranges of a watcher that are named.
+const RANGES_NAMED: usize = 64;
+
+impl Watchers {
+    pub(super) fn new(invalidations: &Invalidations) -> Self {
+        let status = invalidations.status();
+        let clients = status.clients.into_iter().map(|client| Watcher {
+            pid: client.pid,
+            acknowledge_within_ms: client.limit.map(milliseconds),
+            counter: client.counter,
+            last_begun: client.begun,
+            last_acknowledged: client.acknowledged,
+            range_count: client.ranges.len(),
+            ranges: client
+                .ranges
+                .iter()
+                .take(RANGES_NAMED)
+                .map(|(cookie, range)| WatchedRange {
+                    cookie: cookie.0,
+                    start: range.start,
+                    end: range.end,
+                })
+                .collect(),
+        });
+        Self {
+            socket: invalidations.socket().display().to_string(),
+            changes: status.changes,
+            hits: status.hits,
+            acknowledged: status.acknowledged,
+            late: status.late,
+            refused: status.refused,
+            clients: clients.collect(),
+        }
+    }
 }
 
 impl Info {
@@ -106,6 +200,7 @@ impl Machine {
                 duplicate: pager.duplicate,
                 resident: counters.resident,
             },
+            balloon: counters.balloon.map(Balloon::from),
             source: Source::new(counters.source_url, pager.source),
             demand_fault_us: pager.faults.into(),
             fault_classes_us: FaultClass::ALL

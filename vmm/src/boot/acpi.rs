@@ -6,7 +6,7 @@
 
 use acpi_tables::{
     Aml,
-    aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope},
+    aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope},
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace, GAS},
     madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
@@ -15,8 +15,8 @@ use acpi_tables::{
     xsdt::XSDT,
 };
 
-use crate::address_map::{ACPI_TABLES, IO_APIC, LOCAL_APIC, PAGE_SIZE};
-use crate::devices::{ResetControl, SERIAL_IRQ, SERIAL_PORTS, SleepControl};
+use crate::address_map::{ACPI_TABLES, BALLOON, IO_APIC, LOCAL_APIC, PAGE_SIZE};
+use crate::devices::{BALLOON_IRQ, ResetControl, SERIAL_IRQ, SERIAL_PORTS, SleepControl, VIRTIO_BLOCK_SIZE};
 
 const OEM_ID: [u8; 6] = *b"UMEM  ";
 const OEM_TABLE_ID: [u8; 8] = *b"UMEM    ";
@@ -31,8 +31,8 @@ const ALIGNMENT: usize = 16;
 /// The RSDP comes first, padded.
 const RSDP_SIZE: usize = size_of::<Rsdp>().next_multiple_of(ALIGNMENT);
 
-/// The page at [`ACPI_TABLES`] of a machine with this many CPUs, at most 255. It begins with the RSDP.
-pub(super) fn tables(cpus: u32) -> [u8; PAGE_SIZE as usize] {
+/// The page at [`ACPI_TABLES`] of a machine with this many CPUs, at most 255, and perhaps a balloon. It begins with the RSDP.
+pub(super) fn tables(cpus: u32, balloon: bool) -> [u8; PAGE_SIZE as usize] {
     let mut page = [0; PAGE_SIZE as usize];
     let mut end = RSDP_SIZE;
     let mut place = |table: &dyn Aml| {
@@ -43,7 +43,7 @@ pub(super) fn tables(cpus: u32) -> [u8; PAGE_SIZE as usize] {
         end = (start + bytes.len()).next_multiple_of(ALIGNMENT);
         ACPI_TABLES.0 + start as u64
     };
-    let dsdt = place(&dsdt());
+    let dsdt = place(&dsdt(balloon));
     let fadt = place(&fadt(dsdt));
     let madt = place(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -56,7 +56,7 @@ pub(super) fn tables(cpus: u32) -> [u8; PAGE_SIZE as usize] {
     page
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(balloon: bool) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
     Scope::new(
@@ -83,6 +83,27 @@ fn dsdt() -> Sdt {
         )],
     )
     .to_aml_bytes(&mut aml);
+    if balloon {
+        // Linux' driver for virtio register blocks looks for this identifier.
+        Scope::new(
+            "\\_SB_".into(),
+            vec![&Device::new(
+                "VIO0".into(),
+                vec![
+                    &Name::new("_HID".into(), &"LNRO0005"),
+                    &Name::new("_UID".into(), &0_u8),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![
+                            &Memory32Fixed::new(true, BALLOON.0 as u32, VIRTIO_BLOCK_SIZE as u32),
+                            &Interrupt::new(true, true, false, false, BALLOON_IRQ),
+                        ]),
+                    ),
+                ],
+            )],
+        )
+        .to_aml_bytes(&mut aml);
+    }
     // What to write to the sleep control register to switch the machine off.
     Name::new("_S5_".into(), &Package::new(vec![&SleepControl::OFF])).to_aml_bytes(&mut aml);
     dsdt.append_slice(&aml);
@@ -136,8 +157,8 @@ mod tests {
 
     #[test]
     fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
-        for cpus in [1, 2, 255] {
-            let page = tables(cpus);
+        for (cpus, balloon) in [(1, false), (2, true), (255, true)] {
+            let page = tables(cpus, balloon);
             assert_eq!(&page[..8], b"RSD PTR ");
             assert_eq!(sum(&page[..20]), 0);
             assert_eq!(sum(&page[..36]), 0);

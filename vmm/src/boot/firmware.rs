@@ -105,9 +105,9 @@ impl ReadOnlyPages {
     }
 
     /// The page that tells the firmware where to go, and behind it the ACPI tables of a machine with this many CPUs (at most
-    /// 255).
-    pub fn description(boot: &BootInfo, cpus: u32) -> Result<Self, RomError> {
-        Self::new(BOOT_INFO, &[boot.to_page(), acpi::tables(cpus)].concat())
+    /// 255), and with a balloon or without.
+    pub fn description(boot: &BootInfo, cpus: u32, balloon: bool) -> Result<Self, RomError> {
+        Self::new(BOOT_INFO, &[boot.to_page(), acpi::tables(cpus, balloon)].concat())
     }
 
     /// Pages that were saved: whole ones, which lie over nothing else.
@@ -219,7 +219,7 @@ mod tests {
             argument: 0xe_0000,
             page_table_root: 0,
         };
-        let pages = ReadOnlyPages::description(&boot, 1).unwrap();
+        let pages = ReadOnlyPages::description(&boot, 1, false).unwrap();
         assert_eq!(pages.guest_address().0, firmware::boot_info::ADDRESS);
         assert_eq!(pages.content()[..8], MAGIC);
         let acpi = (ACPI_TABLES.0 - pages.guest_address().0) as usize;

@@ -4,6 +4,7 @@ use thiserror::Error;
 use umem::handoff::AttachError;
 use umem::image::{self, WriteError};
 use umem::link::{CredentialsError, ListenError};
+use umem::measure::MeasureError;
 use umem::pager::{PagerError, StartError};
 use umem::region::RegionError;
 use umem::source::SourceError;
@@ -16,6 +17,7 @@ use super::options::OptionError;
 use crate::boot::{LayoutError, MetadataError, RomError};
 use crate::devices::EventLoopError;
 use crate::events::EventFileError;
+use crate::invalidations::InvalidationsError;
 use crate::kvm::{CpuModelError, HostError, VcpuStateError};
 use crate::machine::MachineError;
 use crate::migration::ArrivalError;
@@ -121,6 +123,12 @@ pub(super) enum CommandError {
         /// The exit code.
         code: u8,
     },
+    /// Nothing can be measured.
+    #[error("cannot measure")]
+    Measure(#[from] MeasureError),
+    /// What measuring needs cannot be had.
+    #[error("cannot measure")]
+    Scratch(#[source] std::io::Error),
     /// Nobody takes the answer.
     #[error("cannot write to standard output")]
     Output(#[source] std::io::Error),
@@ -136,6 +144,9 @@ pub(super) enum CommandError {
     /// There is no place for events.
     #[error(transparent)]
     Events(#[from] EventFileError),
+    /// Nobody can be told of invalidations.
+    #[error(transparent)]
+    Invalidations(#[from] InvalidationsError),
     /// A running VM does not do what it is asked.
     #[error(transparent)]
     Ctl(#[from] CtlError),
@@ -163,6 +174,7 @@ impl CommandError {
             | Self::ReadImage(image::ReadError::Io { .. })
             | Self::Vcpu(_)
             | Self::Serve(_)
+            | Self::Scratch(_)
             | Self::Output(_)
             | Self::Ctl(_)
             | Self::Report(_) => exit_code::RUNTIME,
@@ -172,6 +184,7 @@ impl CommandError {
             | Self::NoReport(_)
             | Self::Events(_)
             | Self::Listen(_)
+            | Self::Invalidations(_)
             | Self::Credentials(_)
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
@@ -191,7 +204,8 @@ impl CommandError {
             Self::Arrival(error) => arrival_exit_code(error),
             Self::Pager(error) => pager_exit_code(error),
             Self::Guest { code, .. } => *code,
-            Self::HostLacks(_) => exit_code::HOST,
+            Self::HostLacks(_) | Self::Measure(MeasureError::Userfaultfd(_)) => exit_code::HOST,
+            Self::Measure(_) => exit_code::RUNTIME,
             Self::Remote(_) | Self::Attach(_) => exit_code::SOURCE_LOST,
         }
     }
@@ -232,6 +246,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
         | MachineError::VcpuState(VcpuStateError::TscFrequency { .. } | VcpuStateError::Xsave { .. })
         | MachineError::CpuModel(CpuModelError::NoAsyncPageFaults)
         | MachineError::Region(RegionError::NoHugePages { .. })
+        | MachineError::Invalidations(InvalidationsError::Kernel(_))
         | MachineError::Pager(StartError::Userfaultfd(
             uffd::OpenError::Permission | uffd::OpenError::Unsupported | uffd::OpenError::Features { .. },
         )) => exit_code::HOST,
@@ -249,6 +264,7 @@ fn machine_exit_code(error: &MachineError) -> u8 {
             EventLoopError::Manager(_) | EventLoopError::Event(_) | EventLoopError::Signals(_),
         )
         | MachineError::Vm(_)
+        | MachineError::Invalidations(_)
         | MachineError::Vcpu(_)
         | MachineError::CpuModel(_)
         | MachineError::StateList(_)

@@ -7,12 +7,13 @@ use std::process::Command;
 
 use clap::Args;
 use umem::causes::chain;
+use umem::uffd::Userfaultfd;
 use ummunotify::{Choice, Notifier};
 
 use super::error::CommandError;
 
-/// The library that stands in for the device.
-const LIBRARY: &str = "libummunotify_preload.so";
+/// The library that stands in for the devices.
+const LIBRARY: &str = "libumem_preload.so";
 
 /// Where it is, from the directory of this program: the last is where cargo leaves it when it builds tests.
 const PLACES: [&str; 3] = [".", "../lib", "deps"];
@@ -20,9 +21,9 @@ const PLACES: [&str; 3] = [".", "../lib", "deps"];
 /// What `umem exec` takes.
 #[derive(Debug, Args)]
 pub(super) struct ExecOptions {
-    /// Who notices invalidations: auto, kvm, perf, userfaultfd
-    #[arg(long, value_name = "WATCHER", default_value = "auto")]
-    watcher: String,
+    /// Who notices invalidations for /dev/ummunotify: auto, kvm, perf, userfaultfd
+    #[arg(long, value_name = "WATCHER")]
+    watcher: Option<String>,
     /// The program, and its arguments
     #[arg(
         required = true,
@@ -33,15 +34,22 @@ pub(super) struct ExecOptions {
     program: Vec<OsString>,
 }
 
-/// Becomes the program, which finds `/dev/ummunotify`.
+/// Becomes the program, which finds `/dev/umem` and `/dev/ummunotify`.
 pub(super) fn run(options: &ExecOptions) -> Result<(), CommandError> {
-    let choice = options
-        .watcher
+    let watcher = options.watcher.as_deref().unwrap_or("auto");
+    let choice = watcher
         .parse::<Choice>()
         .map_err(|error| CommandError::Usage(format!("--watcher: {error}")))?
         .with_page();
-    // The program would only hear that there is no device.
-    Notifier::open(choice).map_err(|error| CommandError::HostLacks(chain(&error)))?;
+    // The program would only hear that there is no device. Which of the two it opens is not known, unless it is said.
+    let lacking = match (Notifier::open(choice).err(), &options.watcher) {
+        (Some(error), Some(_)) => Some(chain(&error)),
+        (Some(error), None) if Userfaultfd::probe().is_err() => Some(chain(&error)),
+        _ => None,
+    };
+    if let Some(text) = lacking {
+        return Err(CommandError::HostLacks(text));
+    }
     let library = library()?;
     let Some((program, arguments)) = options.program.split_first() else {
         return Err(CommandError::Usage("no program".to_owned()));
@@ -54,7 +62,7 @@ pub(super) fn run(options: &ExecOptions) -> Result<(), CommandError> {
     let error = Command::new(program)
         .args(arguments)
         .env("LD_PRELOAD", preload)
-        .env("UMMUNOTIFY_WATCHER", &options.watcher)
+        .env("UMMUNOTIFY_WATCHER", watcher)
         .exec();
     Err(CommandError::Usage(format!(
         "cannot run {}: {error}",
@@ -70,7 +78,7 @@ fn library() -> Result<PathBuf, CommandError> {
         .flat_map(|directory| PLACES.map(|place| directory.join(place).join(LIBRARY)));
     places.find(|library| library.exists()).ok_or_else(|| {
         CommandError::HostLacks(format!(
-            "{LIBRARY} is not where this program is, nor in lib beside it: cargo build -p ummunotify-preload makes it"
+            "{LIBRARY} is not where this program is, nor in lib beside it: cargo build -p umem-preload makes it"
         ))
     })
 }

@@ -7,6 +7,7 @@ macro_rules! say {
     };
 }
 
+mod bench;
 mod check;
 mod ctl;
 mod error;
@@ -71,6 +72,8 @@ enum Verb {
     Exec(exec::ExecOptions),
     /// Say what this host offers, and how to get what it lacks
     Check(check::CheckOptions),
+    /// Measure what this host can do at best, and what umem makes of it
+    Bench(bench::BenchOptions),
 }
 
 /// The program: reads the command line, does what it says, answers with the exit code.
@@ -116,6 +119,7 @@ pub fn main() -> ExitCode {
             end_when_nobody_reads();
             check::run(options)
         }
+        Verb::Bench(options) => bench::run(options),
     });
     match result {
         Ok(()) => exit_code::OK.into(),

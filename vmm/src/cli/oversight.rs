@@ -8,21 +8,25 @@ use clap::Args;
 use indicatif::ProgressBar;
 use umem::link::{Address, Listener};
 use umem::pager::Fill;
+use ummunotify::service::{LONGEST_LIMIT, ServiceOptions};
 
 use super::error::CommandError;
-use super::options::{KeyValues, OptionError};
+use super::options::{KeyValues, OptionError, SWITCH, Seconds};
 use super::progress;
 use crate::address_map::PAGE_SIZE;
 use crate::api::ApiServer;
 use crate::control::Control;
 use crate::devices::EventLoopError;
 use crate::events::{Event, EventFile, EventWriter, Events, Watch, WatchOptions};
+use crate::invalidations::{Invalidations, InvalidationsOptions};
 use crate::machine::{MachineConfig, MachineError};
 use crate::migration;
 use crate::report::Report;
 use crate::signals;
 
 const EVENT_MONITOR: &str = "--event-monitor";
+const INVALIDATIONS: &str = "--invalidations";
+const INVALIDATIONS_SYNTAX: &str = "socket=PATH,acknowledge-within=TIME,kernel=on|off";
 const EVENT_MONITOR_SYNTAX: &str = "path=FILE";
 
 /// The options for it.
@@ -37,6 +41,12 @@ pub(super) struct OversightOptions {
         help = format!("Write events as JSON lines to a file or pipe: {EVENT_MONITOR_SYNTAX}")
     )]
     event_monitor: Option<String>,
+    #[arg(
+        long,
+        value_name = "KEY=VALUE,…",
+        help = format!("Tell other processes when the memory behind guest-physical addresses changes: {INVALIDATIONS_SYNTAX}")
+    )]
+    invalidations: Option<String>,
 }
 
 impl OversightOptions {
@@ -60,7 +70,20 @@ impl Oversight {
     /// Begins, before there is a VM. `started` is when the program did.
     pub(super) fn start(options: &OversightOptions, started: Instant) -> Result<Self, CommandError> {
         let (control, events) = (Control::new(), Events::new(started));
+        let invalidations = options
+            .invalidations
+            .as_deref()
+            .map(invalidations_options)
+            .transpose()?;
         let file = options.event_monitor.as_deref().map(open_monitor).transpose()?;
+        // Before the API: who finds that, finds this too.
+        if let Some(options) = &invalidations {
+            let started = signals::with_ending_held_back(|| Invalidations::start(options));
+            let started = started
+                .map_err(EventLoopError::Signals)
+                .map_err(MachineError::from)?;
+            control.tell_of_invalidations(started?);
+        }
         let socket = options.api_socket.clone().map(Address::Unix);
         let listener = socket.as_ref().map(Listener::bind).transpose()?;
         let begin = || {
@@ -131,6 +154,36 @@ impl Oversight {
 fn held_back<T>(begin: impl FnOnce() -> std::io::Result<T>) -> Result<T, CommandError> {
     let begun = signals::with_ending_held_back(begin).map_err(EventLoopError::Signals);
     Ok(begun.map_err(MachineError::from)?.map_err(MachineError::Os)?)
+}
+
+fn invalidations_options(text: &str) -> Result<InvalidationsOptions, CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: INVALIDATIONS,
+        source,
+    };
+    let keys = ["socket", "acknowledge-within", "kernel"];
+    let given = KeyValues::parse(text, &keys, INVALIDATIONS_SYNTAX).map_err(wrong)?;
+    let socket: Option<PathBuf> = given.get("socket").map_err(wrong)?;
+    let socket = socket.ok_or_else(|| {
+        wrong(OptionError::NoValue {
+            word: "socket".into(),
+            syntax: INVALIDATIONS_SYNTAX,
+        })
+    })?;
+    let within: Option<Seconds> = given.get("acknowledge-within").map_err(wrong)?;
+    let within = within.map_or(ServiceOptions::default().limit, |within| within.0);
+    if within > LONGEST_LIMIT {
+        return Err(wrong(OptionError::Value {
+            key: "acknowledge-within",
+            value: format!("{} ms", within.as_millis()),
+            reason: format!("expected at most {} s", LONGEST_LIMIT.as_secs()),
+        }));
+    }
+    Ok(InvalidationsOptions {
+        socket,
+        acknowledge_within: within,
+        kernel: given.choose("kernel", &SWITCH).map_err(wrong)?.unwrap_or(false),
+    })
 }
 
 fn open_monitor(text: &str) -> Result<EventFile, CommandError> {

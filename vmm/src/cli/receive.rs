@@ -97,6 +97,7 @@ fn configure(options: &ReceiveOptions, control: &Control) -> Result<MachineConfi
             demand_cpus: None,
         },
         recording: None,
+        balloon: None,
         cpus: machine.cpus,
         async_pf: if machine.async_pf {
             AsyncPageFaults::IfThere

@@ -17,12 +17,12 @@ use umem::units::PageIndex;
 
 use super::error::{CommandError, exit_code};
 use super::memory::{MEMORY_SYNTAX, MemoryOptions, NO_TCP};
-use super::options::{KeyValues, OptionError, Seconds, Size, SourceUrl};
+use super::options::{KeyValues, OptionError, SWITCH, Seconds, Size, SourceUrl};
 use super::oversight::{Oversight, OversightOptions};
 use crate::address_map::{PAGE_SIZE, RamMap};
 use crate::boot::{ImageMetadata, Kernel, Layout, LayoutConfig, LayoutError, LayoutSource};
 use crate::control::Control;
-use crate::devices::EventLoopError;
+use crate::devices::{BalloonOptions, EventLoopError};
 use crate::ending::Ending;
 use crate::kvm::AsyncPageFaults;
 use crate::machine::{self, Firmware, MachineConfig, MachineError, Outcome, SerialLine, Start};
@@ -39,6 +39,7 @@ mod restore;
 /// RAM where neither an image nor the command line says how much.
 const DEFAULT_SIZE: Size = Size(256 << 20);
 
+const BALLOON_SYNTAX: &str = "size=N,free-page-reporting=on|off,deflate-on-oom=on|off";
 const CPUS_SYNTAX: &str = "boot=N,async_pf=on|off,placement=free|beside|apart";
 
 /// What `umem run` takes.
@@ -74,6 +75,8 @@ pub(super) struct RunOptions {
         requires = "record_working_set"
     )]
     record_for: Seconds,
+    #[arg(long, value_name = "KEY=VALUE,…", help = format!("A balloon, by which the guest gives RAM back: {BALLOON_SYNTAX}"))]
+    balloon: Option<String>,
     /// Write a report of the run to FILE, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -203,6 +206,11 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
             "--cpus placement= is for a pager in this process, and the one of source=attach: is in another";
         return Err(CommandError::Usage(text.into()));
     }
+    let balloon = options
+        .balloon
+        .as_deref()
+        .map(|text| balloon_options(text, guest.ram))
+        .transpose()?;
     let fill = memory.fill(guest.source.digest(), guest.ram)?;
     let recording = options
         .record_working_set
@@ -232,6 +240,7 @@ fn configure(options: &RunOptions) -> Result<MachineConfig, CommandError> {
         async_pf: guest.async_pf,
         placement: cpus.placement,
         track_dirty: memory.track_dirty,
+        balloon,
     })
 }
 
@@ -452,6 +461,33 @@ fn open_image(memory: &MemoryOptions) -> Result<Option<OpenImage>, CommandError>
             }))
         }
     }
+}
+
+/// `--balloon`.
+fn balloon_options(text: &str, ram: RamMap) -> Result<BalloonOptions, CommandError> {
+    let wrong = |source| CommandError::Option {
+        option: "--balloon",
+        source,
+    };
+    let keys = ["size", "free-page-reporting", "deflate-on-oom"];
+    let given = KeyValues::parse(text, &keys, BALLOON_SYNTAX).map_err(wrong)?;
+    let size: Size = given.get("size").map_err(wrong)?.unwrap_or(Size(0));
+    if size.0 > ram.size() || !size.0.is_multiple_of(PAGE_SIZE) {
+        return Err(wrong(OptionError::Value {
+            key: "size",
+            value: size.to_string(),
+            reason: format!(
+                "expected a multiple of 4096 up to the size of RAM, {}",
+                ram.size()
+            ),
+        }));
+    }
+    let switch = |key| Ok(given.choose(key, &SWITCH)?.unwrap_or(false));
+    Ok(BalloonOptions {
+        size: size.0,
+        free_page_reporting: switch("free-page-reporting").map_err(wrong)?,
+        deflate_on_oom: switch("deflate-on-oom").map_err(wrong)?,
+    })
 }
 
 /// `--cpus`: how many, whether they get async page faults, and where they run.

@@ -22,6 +22,9 @@ pub use watch::{Watch, WatchOptions};
 /// Events that a listener may be behind.
 const BACKLOG: usize = 1024;
 
+/// The most ranges that one event names; the others are only counted.
+const RANGES_NAMED: usize = 16;
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -67,6 +70,13 @@ pub enum Event {
     },
     /// The VM is being sent to another host.
     MigrationProgress(Box<Status>),
+    /// What is behind guest-physical addresses is about to change.
+    Invalidated {
+        /// Why, in a word.
+        cause: &'static str,
+        /// Where: the first address, and the one after the last.
+        ranges: Vec<(u64, u64)>,
+    },
     /// The guest has ended, or was ended.
     Exit {
         /// How, in the report's word.
@@ -87,6 +97,7 @@ impl Event {
             Self::SourceLost { .. } | Self::SourceBack { .. } => "page-source",
             Self::SnapshotProgress { .. } => "snapshot",
             Self::MigrationProgress(_) => "migration",
+            Self::Invalidated { .. } => "invalidations",
             // Whom the guest did not survive.
             Self::Exit {
                 outcome: "stopped" | "migrated" | "source-lost" | "error",
@@ -104,6 +115,7 @@ impl Event {
             Self::SourceLost { .. } => "lost",
             Self::SourceBack { .. } => "back",
             Self::SnapshotProgress { .. } | Self::MigrationProgress(_) => "progress",
+            Self::Invalidated { .. } => "changing",
             Self::Exit { .. } => "exit",
         }
     }
@@ -120,6 +132,17 @@ impl Event {
             Self::SnapshotProgress { done, total } => json!({ "bytes": done, "total": total }),
             // Texts and numbers can be written.
             Self::MigrationProgress(status) => serde_json::to_value(status).unwrap_or_default(),
+            Self::Invalidated { cause, ranges } => {
+                let named: Vec<Value> = ranges
+                    .iter()
+                    .take(RANGES_NAMED)
+                    .map(|(start, end)| json!({ "start": start, "end": end }))
+                    .collect();
+                let bytes = ranges
+                    .iter()
+                    .fold(0, |sum: u64, (start, end)| sum.saturating_add(end - start));
+                json!({ "cause": cause, "count": ranges.len(), "bytes": bytes, "ranges": named })
+            }
             Self::Exit { outcome, code, error } => {
                 let mut properties = json!({ "outcome": outcome });
                 if let Some(code) = code {

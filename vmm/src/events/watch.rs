@@ -141,6 +141,10 @@ impl Teller {
                     });
                 }
             }
+            control::Event::Invalidated { cause, ranges } => self.events.tell(&Event::Invalidated {
+                cause: cause.name(),
+                ranges: ranges.iter().map(|range| (range.start, range.end)).collect(),
+            }),
             // The end of the VM says why.
             control::Event::PagerFailed(_) => {}
         }

@@ -238,6 +238,31 @@ mod tests {
         );
     }
 
+    /// Of each word that is compared, a bit that the guest has found and this host has not is a reason to refuse.
+    #[test]
+    fn every_word_counts() {
+        for (function, index, register, names) in WORDS {
+            let names: Vec<&str> = names.split_whitespace().collect();
+            let bit = names.iter().position(|name| *name != "-").unwrap();
+            let with = |leaf: Option<u32>| {
+                let mut leaves: Vec<[u32; 7]> = model().into();
+                leaves.retain(|leaf| leaf[..2] != [function, index]);
+                if let Some(value) = leaf {
+                    let mut leaf = [function, index, 0, 0, 0, 0, 0];
+                    leaf[3 + register as usize] = value;
+                    leaves.push(leaf);
+                }
+                CpuModel::try_from(leaves).unwrap()
+            };
+            let guest = with(Some(1 << bit));
+            for host in [with(None), with(Some(!(1 << bit)))] {
+                let missing = CpuMismatch::Missing(vec![names[bit].into()]);
+                assert_eq!(guest.check_on(&host), Err(missing), "{function:#x}.{index}");
+            }
+            assert_eq!(guest.check_on(&with(Some(u32::MAX))), Ok(()));
+        }
+    }
+
     #[test]
     fn another_vendor_is_named() {
         let (mut guest, host) = (model(), model());

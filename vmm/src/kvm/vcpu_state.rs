@@ -7,6 +7,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     KVMIO, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -170,37 +171,28 @@ impl VcpuState {
     /// Reads the state of a vCPU that does not run, and of which no access is pending ([`Vcpu::complete_access`]).
     pub fn save(vcpu: &Vcpu, list: &StateList) -> Result<Self, VcpuStateError> {
         let (fd, index) = (vcpu.fd(), vcpu.index());
-        let act = "get";
-        let part = |part| {
-            move |source| VcpuStateError::Part {
-                act,
-                part,
-                index,
-                source,
-            }
-        };
-        let msr = |source| VcpuStateError::Msr { act, index, source };
+        let get = Attempt { act: "get", index };
         refuse_nested(fd, index)?;
         // Before the local APIC and the events: it settles an INIT or SIPI that has come.
-        let activity = fd.get_mp_state().map_err(part("the activity state"))?.mp_state;
+        let activity = get.part("the activity state", fd.get_mp_state())?.mp_state;
         // Before the registers: a page fault that is about to be delivered, as the token of an asynchronous one is, puts its
         // address into CR2 (and a debug exception what it has into DR6) when it is asked for here.
-        let events = fd.get_vcpu_events().map_err(part("the events"))?;
-        let msrs = read_msrs(fd, &list.msrs).map_err(msr)?;
+        let events = get.part("the events", fd.get_vcpu_events())?;
+        let msrs = get.msrs(read_msrs(fd, &list.msrs))?;
         let saved_at_ns = now_ns();
         Ok(Self {
             saved_at_ns,
             tsc_khz: vcpu.tsc_khz(),
-            registers: fd.get_regs().map_err(part("the registers"))?,
-            system_registers: get_sregs(fd, list).map_err(part("the system registers"))?,
-            debug_registers: fd.get_debug_regs().map_err(part("the debug registers"))?,
-            extended_control_registers: fd.get_xcrs().map_err(part("the extended control registers"))?,
-            extended_registers: get_xsave(fd, list).map_err(part("the extended registers"))?,
-            local_apic: fd.get_lapic().map_err(part("the local APIC"))?,
+            registers: get.part("the registers", fd.get_regs())?,
+            system_registers: get.part("the system registers", get_sregs(fd, list))?,
+            debug_registers: get.part("the debug registers", fd.get_debug_regs())?,
+            extended_control_registers: get.part("the extended control registers", fd.get_xcrs())?,
+            extended_registers: get.part("the extended registers", get_xsave(fd, list))?,
+            local_apic: get.part("the local APIC", fd.get_lapic())?,
             events,
             activity,
             msrs,
-            paravirtual_msrs: ParavirtualMsrs::save(fd, &list.paravirtual).map_err(msr)?,
+            paravirtual_msrs: get.msrs(ParavirtualMsrs::save(fd, &list.paravirtual))?,
         })
     }
 
@@ -214,32 +206,31 @@ impl VcpuState {
     /// Time has passed since the state was saved, and the time stamp counter says so.
     pub fn restore(&self, vcpu: &Vcpu, list: &StateList) -> Result<(), VcpuStateError> {
         let (fd, index) = (vcpu.fd(), vcpu.index());
-        let act = "set";
-        let part = |part| {
-            move |source| VcpuStateError::Part {
-                act,
-                part,
-                index,
-                source,
-            }
-        };
-        let msr = |source| VcpuStateError::Msr { act, index, source };
+        let set = Attempt { act: "set", index };
         self.restore_tsc_frequency(fd)?;
         let activity = kvm_mp_state {
             mp_state: self.activity,
         };
-        fd.set_mp_state(activity).map_err(part("the activity state"))?;
-        fd.set_regs(&self.registers).map_err(part("the registers"))?;
-        set_sregs(fd, &self.system_registers, list).map_err(part("the system registers"))?;
-        self.restore_xsave(fd, index, list)?;
-        fd.set_xcrs(&self.extended_control_registers)
-            .map_err(part("the extended control registers"))?;
-        fd.set_debug_regs(&self.debug_registers)
-            .map_err(part("the debug registers"))?;
-        fd.set_lapic(&self.local_apic).map_err(part("the local APIC"))?;
-        self.restore_msrs(fd).map_err(msr)?;
-        self.paravirtual_msrs.restore(fd).map_err(msr)?;
-        fd.set_vcpu_events(&self.events).map_err(part("the events"))?;
+        set.part("the activity state", fd.set_mp_state(activity))?;
+        set.part("the registers", fd.set_regs(&self.registers))?;
+        set.part(
+            "the system registers",
+            set_sregs(fd, &self.system_registers, list),
+        )?;
+        self.check_size(index, list)?;
+        set.part(
+            "the extended registers",
+            set_xsave(fd, &self.extended_registers, list),
+        )?;
+        set.part(
+            "the extended control registers",
+            fd.set_xcrs(&self.extended_control_registers),
+        )?;
+        set.part("the debug registers", fd.set_debug_regs(&self.debug_registers))?;
+        set.part("the local APIC", fd.set_lapic(&self.local_apic))?;
+        set.msrs(self.restore_msrs(fd))?;
+        set.msrs(self.paravirtual_msrs.restore(fd))?;
+        set.part("the events", fd.set_vcpu_events(&self.events))?;
         vcpu.excuse_pause();
         Ok(())
     }
@@ -256,17 +247,13 @@ impl VcpuState {
         Err(VcpuStateError::TscFrequency { here, there })
     }
 
-    fn restore_xsave(&self, fd: &VcpuFd, index: u32, list: &StateList) -> Result<(), VcpuStateError> {
+    /// Whether this host has as many extended registers.
+    fn check_size(&self, index: u32, list: &StateList) -> Result<(), VcpuStateError> {
         let (size, most) = (self.extended_registers.used().len(), list.xsave_size);
         if size > most {
             return Err(VcpuStateError::Xsave { index, size, most });
         }
-        set_xsave(fd, &self.extended_registers, list).map_err(|source| VcpuStateError::Part {
-            act: "set",
-            part: "the extended registers",
-            index,
-            source,
-        })
+        Ok(())
     }
 
     fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), MsrError> {
@@ -276,6 +263,30 @@ impl VcpuState {
             tsc.1 = tsc.1.wrapping_add(passed as u64);
         }
         write_msrs(fd, &values)
+    }
+}
+
+/// Getting or setting the state of a vCPU, for who says what went wrong.
+#[derive(Clone, Copy)]
+struct Attempt {
+    act: &'static str,
+    index: u32,
+}
+
+impl Attempt {
+    fn part<T>(self, part: &'static str, result: Result<T, errno::Error>) -> Result<T, VcpuStateError> {
+        let Self { act, index } = self;
+        result.map_err(|source| VcpuStateError::Part {
+            act,
+            part,
+            index,
+            source,
+        })
+    }
+
+    fn msrs<T>(self, result: Result<T, MsrError>) -> Result<T, VcpuStateError> {
+        let Self { act, index } = self;
+        result.map_err(|source| VcpuStateError::Msr { act, index, source })
     }
 }
 
@@ -290,20 +301,22 @@ pub(super) fn passed_since(saved_at_ns: u64) -> Duration {
     Duration::from_nanos(now_ns().saturating_sub(saved_at_ns))
 }
 
-/// Refuses a vCPU that is inside its own guest, or, of VMX, that has only begun (`VMXON`): KVM holds where the guest's structures are.
+/// Refuses a vCPU that has a guest of its own.
 fn refuse_nested(fd: &VcpuFd, index: u32) -> Result<(), VcpuStateError> {
-    let mut nested = kvm_bindings::nested::KvmNestedStateBuffer::empty();
-    if fd.nested_state(&mut nested).is_err() {
-        // Where there is none.
-        return Ok(());
+    let mut nested = KvmNestedStateBuffer::empty();
+    match fd.nested_state(&mut nested) {
+        Ok(_) if has_guest(&nested) => Err(VcpuStateError::Nested(index)),
+        // An error: there is no such state.
+        _ => Ok(()),
     }
+}
+
+/// Whether a vCPU is inside its own guest, or, of VMX, has only begun (`VMXON`): KVM holds where the guest's structures are.
+fn has_guest(nested: &KvmNestedStateBuffer) -> bool {
     // SAFETY: every bit pattern is a header of VMX.
     let vmxon = unsafe { nested.hdr.vmx.vmxon_pa };
     let begun = nested.format == NESTED_FORMAT_VMX && vmxon != u64::MAX;
-    if begun || nested.flags & NESTED_GUEST_MODE != 0 {
-        return Err(VcpuStateError::Nested(index));
-    }
-    Ok(())
+    begun || nested.flags & NESTED_GUEST_MODE != 0
 }
 
 fn get_sregs(fd: &VcpuFd, list: &StateList) -> Result<kvm_sregs2, errno::Error> {
@@ -459,5 +472,28 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
         index,
         data,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As KVM fills it in (Linux: `vmx_get_nested_state`, `svm_get_nested_state`).
+    #[test]
+    fn a_vcpu_with_a_guest_is_told_from_one_without() {
+        let state = |format, flags, vmxon| {
+            let mut state = KvmNestedStateBuffer::empty();
+            (state.format, state.flags) = (format, flags);
+            state.hdr.vmx.vmxon_pa = vmxon;
+            state
+        };
+        let svm = 1;
+        assert!(!has_guest(&state(NESTED_FORMAT_VMX, 0, u64::MAX)), "before VMXON");
+        assert!(has_guest(&state(NESTED_FORMAT_VMX, 0, 0x1000)), "after VMXON");
+        assert!(has_guest(&state(NESTED_FORMAT_VMX, NESTED_GUEST_MODE, 0x1000)));
+        // There is the address of the guest's control block instead, and the global interrupt flag among the flags.
+        assert!(!has_guest(&state(svm, 1 << 8, 0)));
+        assert!(has_guest(&state(svm, 1 << 8 | NESTED_GUEST_MODE, 0x1000)));
     }
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::thread;
 
+use umem::causes::chain;
+use umem::pager::PagerError;
 use umem::region::Region;
 
 use super::{MachineConfig, MachineError, Parts, Start};
@@ -62,12 +64,21 @@ pub(super) fn take_over(parts: &Arc<Parts>, stopper: Stopper) {
 }
 
 /// The VM has ended: its source is not needed any more, or hears that it is not wanted. Why it did not arrive, if it did not.
-pub(super) fn end_arrival(arrival: Option<&Arrival>) -> Option<ArrivalError> {
+pub(super) fn end_arrival(
+    arrival: Option<&Arrival>,
+    restore_error: Option<&MachineError>,
+    failure: Option<&Arc<PagerError>>,
+) -> Option<ArrivalError> {
     let arrival = arrival?;
     let error = arrival.error();
-    arrival.give_up("it was stopped where the VM was to go");
+    match (restore_error, failure) {
+        (Some(error), _) => arrival.give_up(&chain(error)),
+        (None, Some(error)) => arrival.give_up(&chain(error)),
+        (None, None) => arrival.give_up("it was stopped where the VM was to go"),
+    }
     if arrival.is_mine() {
         arrival.finish();
     }
-    error
+    // Before it was this side's, a page that cannot be had is a migration that failed.
+    error.or_else(|| failure.and_then(|_| arrival.error()))
 }

@@ -40,6 +40,12 @@ pub enum ParkError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// It is in the middle of something.
+    #[error("a device did not stop within {} ms", waited.as_millis())]
+    Device {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// The VM has ended, or is about to.
     #[error("the VM has ended")]
     Ended,
@@ -162,17 +168,16 @@ impl Threads {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU, which ends the VM through `stopper`. If not all could be started, there is an error and
-    /// the VM is told to stop.
-    pub(crate) fn start(
-        vcpus: Vec<Vcpu>,
+    /// What is shared by the threads of `vcpus`, which are still to be [started](Self::start). They end the VM through `stopper`.
+    pub(crate) fn new(
+        vcpus: &[Vcpu],
         bus: &Arc<DeviceBus>,
         stopper: Stopper,
         restore: Option<Restore>,
         begin: Begin,
         places: Places,
         on_first_instruction: impl Fn() + Send + Sync + 'static,
-    ) -> (Arc<Self>, Threads, Option<io::Error>) {
+    ) -> Arc<Self> {
         let gate = Gate {
             wanted: match begin {
                 Begin::Running => Wanted::Run,
@@ -181,7 +186,7 @@ impl Vcpus {
             places: vcpus.iter().map(|_| Place::default()).collect(),
             unrestored: if restore.is_some() { vcpus.len() } else { 0 },
         };
-        let shared = Arc::new(Self {
+        Arc::new(Self {
             gate: Mutex::new(gate),
             changed: Condvar::new(),
             attention: AtomicBool::new(begin == Begin::Standing),
@@ -194,12 +199,16 @@ impl Vcpus {
             restore,
             restore_error: Mutex::new(None),
             on_first_instruction: Box::new(on_first_instruction),
-        });
+        })
+    }
+
+    /// Starts a thread for each vCPU. If not all could be started, there is an error and the VM is told to stop.
+    pub(crate) fn start(self: &Arc<Self>, vcpus: Vec<Vcpu>) -> (Threads, Option<io::Error>) {
         let (alive, all_ended) = mpsc::channel();
         let (id, ids) = mpsc::channel();
         let threads = Threads { all_ended, ids };
         for mut vcpu in vcpus {
-            let (vcpus, alive, id) = (Arc::clone(&shared), alive.clone(), id.clone());
+            let (vcpus, alive, id) = (Arc::clone(self), alive.clone(), id.clone());
             let thread = thread::Builder::new()
                 .name(format!("vcpu-{}", vcpu.index()))
                 .spawn(move || {
@@ -210,11 +219,11 @@ impl Vcpus {
                     drop(alive);
                 });
             if let Err(error) = thread {
-                shared.stopper.end(Ending::Stopped);
-                return (shared, threads, Some(error));
+                self.stopper.end(Ending::Stopped);
+                return (threads, Some(error));
             }
         }
-        (shared, threads, None)
+        (threads, None)
     }
 
     /// A thread's work, until the VM ends.
@@ -320,8 +329,22 @@ impl Vcpus {
         true
     }
 
-    /// Makes all stand, and waits until they do. After an error they run as before.
+    /// Makes all stand, and the devices with them, and waits until they do. After an error they run as before.
     pub(crate) fn park(&self, patience: Duration) -> Result<(), ParkError> {
+        let deadline = Instant::now() + patience;
+        self.park_vcpus(patience)?;
+        // After the vCPUs: none asks a device for anything any more.
+        if self
+            .bus
+            .stand_still(deadline.saturating_duration_since(Instant::now()))
+        {
+            return Ok(());
+        }
+        self.unpark();
+        Err(ParkError::Device { waited: patience })
+    }
+
+    fn park_vcpus(&self, patience: Duration) -> Result<(), ParkError> {
         let deadline = Instant::now() + patience;
         let mut gate = self.lock();
         if gate.wanted == Wanted::End {
@@ -374,6 +397,7 @@ impl Vcpus {
 
     fn release(&self, gate: &mut Gate) {
         if gate.wanted == Wanted::Stand {
+            self.bus.go_on();
             gate.wanted = Wanted::Run;
             self.attention.store(false, SeqCst);
             self.changed.notify_all();

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::fmt::Write;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -102,6 +102,8 @@ struct Shared {
     /// Readable when there is a state to begin in, or none will come.
     wake: EventFd,
     callers: Arc<Callers>,
+    /// What asks them for pages, as soon as there is somebody who needs any.
+    source: OnceLock<Arc<RemoteSource>>,
     /// What says something on the control channel.
     voice: Mutex<Option<Sender>>,
     began: Instant,
@@ -128,7 +130,6 @@ struct State {
     description: Option<Arc<Description>>,
     landing: Option<Arc<Landing>>,
     bytes: Option<Vec<u8>>,
-    source: Option<Arc<RemoteSource>>,
     /// The machine says so.
     runs: bool,
     has_all: bool,
@@ -175,7 +176,6 @@ impl Arrival {
                 description: None,
                 landing: None,
                 bytes: None,
-                source: None,
                 runs: false,
                 has_all: false,
                 done: false,
@@ -184,6 +184,7 @@ impl Arrival {
             changed: Condvar::new(),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ArrivalError::Os)?,
             callers: Arc::new(Callers::new("migration:source")),
+            source: OnceLock::new(),
             voice: Mutex::default(),
             began: Instant::now(),
         });
@@ -269,7 +270,7 @@ impl Arrival {
 
     /// What of RAM is there, and where the rest comes from.
     pub(crate) fn ram(&self) -> Result<(Arc<PageStates>, Arc<dyn PageSource>), ArrivalError> {
-        let mut state = self.shared.lock();
+        let state = self.shared.lock();
         let Some(landing) = &state.landing else {
             return Err(ArrivalError::Stopped);
         };
@@ -281,10 +282,14 @@ impl Arrival {
                 .map_or(1, |machine| machine.connections as usize),
             ..RemoteOptions::default()
         };
-        let source = RemoteSource::called(Arc::clone(&self.shared.callers), landing.region.pages(), options);
-        let (states, source) = (Arc::clone(&landing.states), Arc::new(source));
-        state.source = Some(Arc::clone(&source));
-        Ok((states, source))
+        let pages = landing.region.pages();
+        let source = Arc::new(RemoteSource::called(
+            Arc::clone(&self.shared.callers),
+            pages,
+            options,
+        ));
+        let _ = self.shared.source.set(Arc::clone(&source));
+        Ok((Arc::clone(&landing.states), source))
     }
 
     /// The machine is about to run, if it is this side's: true. False: it is not, and never will be.
@@ -317,14 +322,19 @@ impl Arrival {
         self.shared.say_step(state);
     }
 
-    /// It has all of its pages, or needs no more.
-    pub(crate) fn complete(&self) {
+    /// It has all of its pages.
+    pub(crate) fn has_all(&self) {
+        // First: the source ends when it hears of it, and nobody is to miss it.
+        if let Some(source) = self.shared.source.get() {
+            source.has_all();
+        }
+        self.complete();
+    }
+
+    /// It needs no more pages.
+    fn complete(&self) {
         let mut state = self.shared.lock();
         state.has_all = true;
-        // Before it is said: who hears it hangs up.
-        if let Some(source) = state.source.take() {
-            source.close();
-        }
         if state.phase == Phase::Mine {
             self.shared.say_step(state);
         }
@@ -359,8 +369,13 @@ impl Arrival {
             let waited = self.shared.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if let Some(record) = &state.record {
-            record.remove();
+        if state.done {
+            if let Some(record) = &state.record {
+                record.remove();
+            }
+        } else if state.phase == Phase::Mine {
+            // The source may still be in doubt, and nobody else can tell any more that the VM ran.
+            state.write_down("ended");
         }
     }
 
@@ -449,9 +464,10 @@ impl Shared {
         state.error = Some(error);
         state.write_down("never-ran");
         drop(state);
+        // Before anybody hears of it here: with them this process ends.
+        self.say(Step::Abort, 0, &text);
         self.changed.notify_all();
         let _ = self.wake.write(1);
-        self.say(Step::Abort, 0, &text);
     }
 
     /// Says something, if anybody can hear it; it is said again to who calls later.
@@ -489,21 +505,29 @@ impl Shared {
             *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
             self.say_step(self.lock());
             let heard = self.hear(receiver, &stream);
-            *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            let _ = stream.shutdown();
             let phase = self.lock().phase;
-            match heard {
+            let over = match heard {
                 Ok(Heard::Goodbye) => {
                     self.lock().done = true;
                     self.changed.notify_all();
-                    return;
+                    true
                 }
-                Ok(Heard::Enough) => {}
+                Ok(Heard::Enough) => false,
                 // Whose the machine is, the source will say when it calls again.
                 Err(ArrivalError::Lost(error)) if phase >= Phase::Loaded => {
                     tracing::info!(error = &error as &dyn std::error::Error, "control channel lost");
+                    false
                 }
-                Err(error) => self.end(error),
+                // While the source can still hear why.
+                Err(error) => {
+                    self.end(error);
+                    false
+                }
+            };
+            *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let _ = stream.shutdown();
+            if over {
+                return;
             }
         }
     }
@@ -718,6 +742,14 @@ impl Host for Shared {
             session,
             digest: None,
         })
+    }
+
+    fn not_welcomed(&self, kind: ChannelKind, error: ChannelError) {
+        // The session is the one that was made for it, and nobody knows of it: without a control channel it would never end. Any later
+        // one is called for again.
+        if kind == ChannelKind::Control && self.lock().phase < Phase::Loaded {
+            self.end(ArrivalError::Lost(error));
+        }
     }
 
     fn take(&self, kind: ChannelKind, mut opened: Opened) {

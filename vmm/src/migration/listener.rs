@@ -9,9 +9,9 @@ use std::thread;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use umem::call::Opened;
-use umem::channel::{Receiver, Sender};
+use umem::channel::{ChannelError, Receiver, Sender};
 use umem::link::{Listener, Stream};
-use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome};
+use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome, WireError};
 
 use super::PATIENCE;
 
@@ -22,6 +22,9 @@ const MOST: usize = 64;
 pub(super) trait Host: Send + Sync + 'static {
     /// What a hello is answered.
     fn welcome(&self, hello: &Hello<'_>) -> Result<Welcome, (RefuseCode, String)>;
+
+    /// A hello was answered, but the answer could not be sent.
+    fn not_welcomed(&self, kind: ChannelKind, error: ChannelError);
 
     /// What becomes of the channel. Called by a thread of its own, which may take as long as it likes.
     fn take(&self, kind: ChannelKind, opened: Opened);
@@ -133,13 +136,26 @@ fn answer(stream: Stream, host: &impl Host) -> Option<(ChannelKind, Opened)> {
         },
         // `Incoming` lets nothing else through.
         Ok(_) => return None,
+        // It is told what it does not know by itself: that it speaks another version, for example.
+        Err(ChannelError::Protocol(error))
+            if !matches!(
+                error,
+                WireError::HeaderChecksum | WireError::PayloadChecksum { .. }
+            ) =>
+        {
+            refuse(&mut sender, error.refuse_code(), &error.to_string());
+            return None;
+        }
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "caller sent away: it did not say hello");
             return None;
         }
     };
-    sender.send(&Message::Welcome(welcome)).ok()?;
+    if let Err(error) = sender.send(&Message::Welcome(welcome)) {
+        host.not_welcomed(kind, error);
+        return None;
+    }
     // Which of them may wait is known to who receives.
     stream.set_timeouts(None, Some(PATIENCE)).ok()?;
     receiver

@@ -18,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use umem::channel::ChannelError;
+use umem::region::PageSize;
 use umem::server::Server;
 use umem::source::remote::MAX_CONNECTIONS;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -105,6 +106,8 @@ struct Session {
     push: Arc<Push>,
     server: Server,
     ram: SharedRam,
+    /// Channels for what nobody waits for.
+    connections: usize,
     /// Pages that the destination installs at once.
     unit: u64,
     tracker: Option<DirtyTracker>,
@@ -137,7 +140,7 @@ impl Clock {
 }
 
 impl Session {
-    /// Calls the destination, and has it make a VM like this one.
+    /// Calls the destination.
     fn open(
         control: &Control,
         parts: &Arc<Parts>,
@@ -160,9 +163,8 @@ impl Session {
         let token = token(dialer.session);
         ongoing.update(|status| status.token.clone_from(&token));
         let connections = options.connections.clamp(1, MAX_CONNECTIONS);
-        let description = parts.describe(options.mode, connections).encode()?;
         let server = Server::new(std::collections::HashMap::new()).map_err(MigrationError::Os)?;
-        let mut session = Self {
+        Ok(Self {
             control: control.clone(),
             parts: Arc::clone(parts),
             ongoing: Arc::clone(ongoing),
@@ -173,26 +175,42 @@ impl Session {
             push: Arc::new(Push::new(Arc::clone(&ram), connections)),
             server,
             ram,
+            connections,
             unit: 1,
             tracker: None,
             rounds: 0,
             missing: 0,
             paused: None,
-        };
-        let said = session
-            .conversation
-            .say(&Message::Machine { bytes: &description });
-        said.map_err(|error| session.lost(error))?;
-        session.unit = session.await_step(Step::Prepared, PATIENCE * 3)?.into();
-        session.start_channels(connections)?;
-        Ok(session)
+        })
+    }
+
+    /// Has the destination make a VM like this one.
+    fn prepare(&mut self) -> Result<(), MigrationError> {
+        let description = self
+            .parts
+            .describe(self.options.mode, self.connections)
+            .encode()?;
+        let said = self.conversation.say(&Message::Machine { bytes: &description });
+        said.map_err(|error| self.lost(error))?;
+        let unit = self.await_step(Step::Prepared, PATIENCE * 3)?;
+        if ![PageSize::Small, PageSize::Huge]
+            .iter()
+            .any(|size| size.pages() == u64::from(unit))
+        {
+            return Err(MigrationError::Refused {
+                destination: self.dialer.destination(),
+                reason: format!("it has pages of {unit} times 4 KiB"),
+            });
+        }
+        self.unit = unit.into();
+        self.start_channels()
     }
 
     /// The channels for RAM, each with its thread.
-    fn start_channels(&self, connections: usize) -> Result<(), MigrationError> {
+    fn start_channels(&self) -> Result<(), MigrationError> {
         let kinds = [ChannelKind::Demand]
             .into_iter()
-            .chain(vec![ChannelKind::Background; connections]);
+            .chain(vec![ChannelKind::Background; self.connections]);
         for (index, kind) in kinds.enumerate() {
             let opened = self.dialer.call(kind, self.dialer.session)?;
             let channel = DataChannel {
@@ -266,6 +284,12 @@ impl Session {
         self.push.end();
         self.server.stopper().stop();
         self.dialer.hang_up();
+        let handed_over = matches!(self.ongoing.status().phase, Phase::InDoubt | Phase::Postcopy);
+        if handed_over && matches!(result, Err(MigrationError::Ended)) {
+            // It ended here while it may run there: what stands still must not go on on its way to the end, and what is written down
+            // is for who asks where the VM is.
+            return result;
+        }
         if result.is_err() {
             self.record.remove();
             if let Some(tracker) = self.tracker.take() {
@@ -279,6 +303,7 @@ impl Session {
     }
 
     fn move_out(&mut self) -> Result<MigrationSummary, MigrationError> {
+        self.prepare()?;
         self.record
             .write("sending")
             .map_err(|source| self.unwritable(source))?;
@@ -456,6 +481,8 @@ impl Session {
         clock.lap("send");
         self.await_step(Step::Loaded, PATIENCE)?;
         clock.lap("load there");
+        // Whoever watches guest memory from outside is done with it before the VM is another host's.
+        self.control.switching_over(|| ());
         self.record
             .write("committed")
             .map_err(|source| self.unwritable(source))?;
@@ -473,6 +500,7 @@ impl Session {
             self.paused = None;
             match error {
                 ParkError::Ended => MigrationError::Ended,
+                ParkError::Device { waited } => crate::control::PauseError::DeviceBusy { waited }.into(),
                 ParkError::Stuck { index, waited } => crate::control::PauseError::VcpuWaits {
                     index,
                     waited,

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 use umem::image::{Image, OpenError, ReadError, Wait, checksum};
+use umem::publish::second_name;
 use umem::source::PageSource;
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
@@ -74,12 +75,15 @@ impl Base {
                 vm: pages,
             });
         }
-        let same = |path: &Path| match (path.metadata(), target.metadata()) {
-            (Ok(one), Ok(two)) => (one.dev(), one.ino()) == (two.dev(), two.ino()),
+        let same = |one: &Path, other: &Path| match (one.metadata(), other.metadata()) {
+            (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
             _ => false,
         };
-        if image.layers().any(|layer| same(layer.path())) {
-            return Err(BaseError::Replaced(target.to_path_buf()));
+        // What has the second name goes too.
+        for replaced in [target.to_path_buf(), second_name(target)] {
+            if image.layers().any(|layer| same(layer.path(), &replaced)) {
+                return Err(BaseError::Replaced(replaced));
+            }
         }
         Ok(Self {
             image,

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use umem::image::{Footer, ImageWriter, WriteError};
+use umem::publish::UnnamedFile;
 use umem::region::Region;
 use umem::source::{Class, Content, PageSink, PageSource, SourceError};
 use umem::states::{PageState, PageStates};
@@ -161,7 +162,8 @@ pub enum SnapshotError {
     },
     /// Another process has the source.
     #[error(
-        "{0} pages are not loaded yet, and their source is another process's: load them first (--memory fill=sequential)"
+        "{0} pages are not loaded yet, and only the pager in another process can load them: run with --memory fill=sequential, and \
+         make the snapshot after the event all-pages-present"
     )]
     SourceElsewhere(u64),
 }
@@ -203,6 +205,10 @@ impl<'a> Draft<'a> {
         let path = directory.path.join(FILE_NAME);
         let base = base.map(|base| Base::open(base, &path, memory.region.pages()));
         let base = base.transpose()?;
+        UnnamedFile::remove_left_behind(&path).map_err(|source| WriteError::Write {
+            path: path.clone(),
+            source,
+        })?;
         let writer = match &base {
             None => ImageWriter::create(&path, memory.region.size())?,
             Some(base) => ImageWriter::create_layer(&path, base.image())?,

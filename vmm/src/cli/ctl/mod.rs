@@ -13,7 +13,7 @@ use umem::source::remote::MAX_CONNECTIONS;
 use self::client::Client;
 use super::answer;
 use super::error::CommandError;
-use super::options::{KeyValues, OptionError, SWITCH};
+use super::options::{KeyValues, OptionError, SWITCH, Size};
 use crate::migration::Mode;
 
 pub(super) use self::client::CtlError;
@@ -68,6 +68,17 @@ enum CtlVerb {
     Counters,
     /// Whether anybody answers
     Ping,
+    /// Let the balloon hold so much of RAM
+    ResizeBalloon {
+        /// How much: bytes, or with K, M, G
+        size: Size,
+    },
+    /// Who is told that what is behind guest-physical addresses changes (docs/invalidations.md)
+    Invalidations {
+        /// What is told from now on, until the VM ends
+        #[arg(long)]
+        follow: bool,
+    },
     /// End the VM
     Shutdown,
     /// What happens from now on, until the VM ends
@@ -81,6 +92,13 @@ pub(super) fn run(options: &CtlOptions) -> Result<(), CommandError> {
             answer(&format!("{value:#}\n"))
         } else {
             answer(&text(value))
+        }
+    };
+    let print_event = |line: &str| {
+        if options.json {
+            answer(line)
+        } else {
+            answer(&text::event(line))
         }
     };
     match &options.verb {
@@ -106,13 +124,27 @@ pub(super) fn run(options: &CtlOptions) -> Result<(), CommandError> {
             })
         }
         CtlVerb::Shutdown => print(&client.put("/api/v1/vm.shutdown")?, |_| "stopping\n".into()),
-        CtlVerb::Events => client.events(|line| {
-            if options.json {
-                answer(line)
-            } else {
-                answer(&text::event(line))
-            }
-        }),
+        CtlVerb::ResizeBalloon { size } => {
+            let wanted = json!({ "desired_balloon": size.0 });
+            print(&client.put_with("/api/v1/vm.resize", &wanted)?, |_| {
+                "told\n".into()
+            })
+        }
+        CtlVerb::Invalidations { follow: false } => {
+            print(&client.get("/api/v1/vm.invalidations")?, text::invalidations)
+        }
+        CtlVerb::Invalidations { follow: true } => {
+            // Refused where there are none.
+            client.get("/api/v1/vm.invalidations")?;
+            client.events(|line| {
+                if is_of(line, "invalidations") {
+                    print_event(line)
+                } else {
+                    Ok(())
+                }
+            })
+        }
+        CtlVerb::Events => client.events(print_event),
     }
 }
 
@@ -186,6 +218,11 @@ fn take_back_request(text: &str) -> Result<Value, CommandError> {
     let given = KeyValues::parse(text, &["token"], "token=TOKEN").map_err(wrong)?;
     let token: Option<String> = given.get("token").map_err(wrong)?;
     Ok(json!({ "token": token.unwrap_or_default() }))
+}
+
+/// Whether an event has this source.
+fn is_of(line: &str, source: &str) -> bool {
+    serde_json::from_str::<Value>(line).is_ok_and(|event| event["source"] == source)
 }
 
 /// What is asked of the VM, whose current directory may be another one.

@@ -36,6 +36,19 @@ pub(super) fn info(info: &Value) -> String {
     };
     line("pages", count(["present", "in_flight", "absent", "removed"]));
     line("arrived", count(["demand", "prefetched", "pushed", "zero"]));
+    if let Some(balloon) = info.get("balloon") {
+        line(
+            "balloon",
+            format!(
+                "{} of {}; {} put in, {} taken out, {} reported as free",
+                bytes(&balloon["actual"]),
+                bytes(&balloon["target"]),
+                bytes(&balloon["inflated"]),
+                bytes(&balloon["deflated"]),
+                bytes(&balloon["reported"])
+            ),
+        );
+    }
     let source = &info["source"];
     line("source", word(&source["url"]));
     line(
@@ -126,6 +139,41 @@ pub(super) fn counters(counters: &Value) -> String {
         values.map(move |(name, value)| format!("{:30}{value}\n", format!("{of}.{name}")))
     });
     lines.collect::<Vec<_>>().concat()
+}
+
+/// Who watches guest-physical addresses from outside.
+pub(super) fn invalidations(watchers: &Value) -> String {
+    let mut lines = vec![format!(
+        "{}: {} changes, {} of them where somebody watches; {} acknowledged, {} watchers too late, {} refused\n",
+        word(&watchers["socket"]),
+        word(&watchers["changes"]),
+        word(&watchers["hits"]),
+        word(&watchers["acknowledged"]),
+        word(&watchers["late"]),
+        word(&watchers["refused"])
+    )];
+    for client in watchers["clients"].as_array().into_iter().flatten() {
+        let waits = client.get("acknowledge_within_ms");
+        let waits = waits.map_or_else(String::new, |within| {
+            format!(
+                ", waited for up to {within} ms, has acknowledged {} of {}",
+                word(&client["last_acknowledged"]),
+                word(&client["last_begun"])
+            )
+        });
+        lines.push(format!(
+            "process {}: {} ranges, counter {}{waits}\n",
+            word(&client["pid"]),
+            word(&client["range_count"]),
+            word(&client["counter"])
+        ));
+        for range in client["ranges"].as_array().into_iter().flatten() {
+            let number = |name: &str| range[name].as_u64().unwrap_or(0);
+            let (start, end) = (number("start"), number("end"));
+            lines.push(format!("  {start:#x}-{end:#x} cookie {:#x}\n", number("cookie")));
+        }
+    }
+    lines.concat()
 }
 
 /// An event from its line.

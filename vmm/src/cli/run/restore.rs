@@ -24,6 +24,7 @@ pub(super) fn configure(
         (options.initramfs.is_some(), "--initramfs"),
         (options.cmdline.is_some(), "--cmdline"),
         (options.firmware.is_some(), "--firmware"),
+        (options.balloon.is_some(), "--balloon"),
         (!memory.sources.is_empty(), "--memory source="),
     ] {
         if given {
