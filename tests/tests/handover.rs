@@ -154,10 +154,9 @@ fn in_doubt(moment: Moment, mode: &str) -> bool {
 fn modes(moment: Moment) -> &'static [&'static str] {
     match moment {
         Discard => &["hybrid"],
-        Commit => &["precopy", "postcopy"],
         // Who has everything says that alone.
         Moment::Running => &["postcopy"],
-        Complete => &["precopy", "postcopy"],
+        Commit | Complete => &["precopy", "postcopy"],
         _ => &["precopy", "postcopy", "hybrid"],
     }
 }

@@ -334,36 +334,41 @@ fn steps_in_the_wrong_order() {
     }
 }
 
+/// What one who is none does with a channel.
+type Talk = fn(Peer);
+
+/// Welcomes a channel.
+fn opened(peer: &mut Peer) -> ChannelKind {
+    let channel = match peer.receive().unwrap().message() {
+        Message::Hello(hello) => hello.channel,
+        other => panic!("{other:?}"),
+    };
+    peer.send(&welcome());
+    channel
+}
+
+/// Prepared, and then what `then` does on the control channel when the state has come.
+fn until_state(mut peer: Peer, then: fn(&mut Peer)) {
+    if opened(&mut peer) != ChannelKind::Control {
+        while peer.receive().is_some() {}
+        return;
+    }
+    while let Some(frame) = peer.receive() {
+        match frame.message() {
+            Message::Machine { .. } => peer.send(&step(Step::Prepared, 1)),
+            Message::State { .. } => return then(&mut peer),
+            Message::Ping { token } => peer.send(&Message::Pong { token }),
+            _ => {}
+        }
+    }
+}
+
 /// One who is sent a VM and says what makes no sense: the VM stays.
 #[test]
 fn destinations_that_are_none() {
     need!(tests::host::kvm());
     let scratch = Scratch::new();
     let source = Instance::dirty(Vm::with_memory("32M"), 512, "forever");
-    type Talk = fn(Peer);
-    fn opened(peer: &mut Peer) -> ChannelKind {
-        let channel = match peer.receive().unwrap().message() {
-            Message::Hello(hello) => hello.channel,
-            other => panic!("{other:?}"),
-        };
-        peer.send(&welcome());
-        channel
-    }
-    /// Prepared, and then what `then` does on the control channel when the state has come.
-    fn until_state(mut peer: Peer, then: fn(&mut Peer)) {
-        if opened(&mut peer) != ChannelKind::Control {
-            while peer.receive().is_some() {}
-            return;
-        }
-        while let Some(frame) = peer.receive() {
-            match frame.message() {
-                Message::Machine { .. } => peer.send(&step(Step::Prepared, 1)),
-                Message::State { .. } => return then(&mut peer),
-                Message::Ping { token } => peer.send(&Message::Pong { token }),
-                _ => {}
-            }
-        }
-    }
     let talks: [(&str, Talk); 9] = [
         ("closes", |peer| drop(peer)),
         ("no-answer", |mut peer| drop(peer.receive())),
@@ -386,7 +391,7 @@ fn destinations_that_are_none() {
             }
         }),
         ("aborts", |peer| {
-            until_state(peer, |peer| peer.send(&step(Step::Abort, 0)))
+            until_state(peer, |peer| peer.send(&step(Step::Abort, 0)));
         }),
         ("goes", |peer| until_state(peer, |_| {})),
         ("runs-at-once", |peer| {
