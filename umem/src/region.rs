@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::{PoisonError, RwLock};
 
 use linux_raw_sys::general as sys;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
@@ -91,11 +92,14 @@ pub struct Region {
     size: usize,
     page_size: PageSize,
     memfd: Option<OwnedFd>,
+    /// Held alone while pages are collapsed, and shared by who asks the file where it has data: before Linux 6.4 a huge page that is
+    /// being put together is said to be a hole, and what is in it would be taken for zero.
+    collapsing: RwLock<()>,
 }
 
 // SAFETY: the region is memory, which any thread may use; it is unmapped when the last owner lets go of it.
 unsafe impl Send for Region {}
-// SAFETY: nothing in it changes after it was made.
+// SAFETY: nothing in it changes after it was made, but for what has a lock of its own.
 unsafe impl Sync for Region {}
 
 impl Region {
@@ -162,6 +166,7 @@ impl Region {
             size: length,
             page_size,
             memfd,
+            collapsing: RwLock::new(()),
         };
         // A child would have the mapping without the userfaultfd, and so zero pages; a core dump would fetch every page.
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
@@ -276,7 +281,7 @@ impl Region {
     /// is still to be loaded.
     pub fn next_populated(&self, within: PageRange) -> io::Result<Option<PageRange>> {
         let run = match &self.memfd {
-            Some(memfd) => Self::next_data(memfd, within)?,
+            Some(memfd) => self.next_data(memfd, within)?,
             // Where the kernel does not say, all may be there.
             None => self.next_mapped(within).unwrap_or(Some(within)),
         };
@@ -285,7 +290,8 @@ impl Region {
             .filter(|run| run.count > 0))
     }
 
-    fn next_data(memfd: &OwnedFd, within: PageRange) -> io::Result<Option<PageRange>> {
+    fn next_data(&self, memfd: &OwnedFd, within: PageRange) -> io::Result<Option<PageRange>> {
+        let _whole = self.collapsing.read().unwrap_or_else(PoisonError::into_inner);
         let data = match rustix::fs::seek(memfd, SeekFrom::Data(within.start.byte_offset())) {
             Ok(offset) => offset,
             // None from here on.
@@ -314,7 +320,7 @@ impl Region {
     pub fn holds(&self, page: PageIndex) -> io::Result<bool> {
         // Of huge pages the file says nothing: hugetlbfs calls all of it data. Who installs one maps it too, which the page map tells.
         if let (Some(memfd), PageSize::Small) = (&self.memfd, self.page_size) {
-            let data = Self::next_data(memfd, PageRange::single(page))?;
+            let data = self.next_data(memfd, PageRange::single(page))?;
             return Ok(data.is_some_and(|run| run.start <= page));
         }
         let address = self.addresses(PageRange::single(page)).start.0;
@@ -390,6 +396,7 @@ impl Region {
     /// affair: nothing but speed depends on it.
     pub fn collapse(&self, pages: PageRange) {
         let start = self.addresses(pages).start.0;
+        let _alone = self.collapsing.write().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: MADV_COLLAPSE changes how memory is backed, not what it holds.
         if unsafe { libc::madvise(start as *mut _, pages.bytes(), libc::MADV_COLLAPSE) } != 0 {
             tracing::debug!(error = %io::Error::last_os_error(), %pages, "not backed by a huge page");

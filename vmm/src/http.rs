@@ -23,7 +23,7 @@ use umem::link::{Listener, Stream};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long the last answers may take, at the end.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// How long nobody is taken after somebody could not be.
 const PAUSE: Duration = Duration::from_millis(100);

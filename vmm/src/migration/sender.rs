@@ -207,12 +207,19 @@ impl Session {
     }
 
     /// The channels for RAM, each with its thread.
-    fn start_channels(&self) -> Result<(), MigrationError> {
+    fn start_channels(&mut self) -> Result<(), MigrationError> {
         let kinds = [ChannelKind::Demand]
             .into_iter()
             .chain(vec![ChannelKind::Background; self.connections]);
         for (index, kind) in kinds.enumerate() {
-            let opened = self.dialer.call(kind, self.dialer.session)?;
+            let opened = match self.dialer.call(kind, self.dialer.session) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    // If the destination has said why, that says more.
+                    self.listen(TICK)?;
+                    return Err(error);
+                }
+            };
             let channel = DataChannel {
                 dialer: Arc::clone(&self.dialer),
                 push: Arc::clone(&self.push),
@@ -367,7 +374,7 @@ impl Session {
             let late = self.ongoing.began.elapsed() >= self.options.timeout;
             match self.options.mode {
                 // Half of what was sent has changed meanwhile: another round would find the same.
-                Mode::Hybrid if late || left * 2 >= sent || self.rounds >= HYBRID_ROUNDS => {
+                Mode::Hybrid if late || left == 0 || left * 2 >= sent || self.rounds >= HYBRID_ROUNDS => {
                     return Ok(changed);
                 }
                 Mode::Precopy if expected <= self.options.downtime => return Ok(changed),
