@@ -52,7 +52,7 @@ impl Driver {
             reports: features != 0,
         };
         for index in 0..if driver.reports { 3 } else { 2 } {
-            driver.set_up(index)?;
+            Self::set_up(index)?;
         }
         write(register::STATUS, ACKNOWLEDGE_AND_DRIVER | FEATURES_OK | DRIVER_OK);
         Ok(driver)
@@ -63,7 +63,7 @@ impl Driver {
         self.reports
     }
 
-    fn set_up(&self, index: usize) -> Result<(), Refusal> {
+    fn set_up(index: usize) -> Result<(), Refusal> {
         write(register::QUEUE_SELECT, index as u32);
         let most = read(register::QUEUE_SIZE_MAX);
         if (most as usize) < QUEUE_SIZE {

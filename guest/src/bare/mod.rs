@@ -160,9 +160,8 @@ fn run(plan: &'static Plan, cpu: u64) -> ! {
             Workload::Balloon {
                 how, wait, rounds, ..
             } if cpu == 0 => run_balloon(&machine, &pages, how, wait, rounds),
-            Workload::Balloon { .. } => exit::park(),
             Workload::Fault(kind) if cpu == 0 => fail(kind),
-            Workload::Fault(_) => exit::park(),
+            Workload::Balloon { .. } | Workload::Fault(_) => exit::park(),
         },
         // The plan has been made with these pages.
         Err(_) => ExitCode::CommandLine,
