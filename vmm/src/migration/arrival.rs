@@ -463,9 +463,9 @@ impl Shared {
         state.phase = Phase::Over;
         state.error = Some(error);
         state.write_down("never-ran");
-        drop(state);
-        // Before anybody hears of it here: with them this process ends.
+        // Before anybody hears of it here, and so before the state is let go of: with them this process ends.
         self.say(Step::Abort, 0, &text);
+        drop(state);
         self.changed.notify_all();
         let _ = self.wake.write(1);
     }
