@@ -64,7 +64,7 @@ const OPENINGS: [Opening; 17] = [
     (
         |peer, image| bent_welcome(peer, image, 8, &2u16.to_le_bytes()),
         4,
-        &["protocol version 2.0", "this program 1."],
+        &["protocol version 2.", "this program 1."],
     ),
     (
         |peer, image| bent_welcome(peer, image, 10, &9u16.to_le_bytes()),
@@ -542,7 +542,7 @@ fn a_server_that_turns_into_another_one_is_lost_in_time() {
         ),
         (
             |peer, image| bent_welcome(peer, image, 8, &2u16.to_le_bytes()),
-            "protocol version 2.0",
+            "protocol version 2.",
         ),
         (
             |peer, _| refuse(peer, RefuseCode::NotPermitted, "not you"),
