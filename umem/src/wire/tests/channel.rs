@@ -253,7 +253,7 @@ fn another_major_version_is_told_from_nonsense() {
     let payload = &frame[HEADER_SIZE..];
     let header = Header::for_payload(MessageType::Hello, 0, payload);
     let error = Message::decode(&header, payload).unwrap_err();
-    assert_eq!(error, WireError::Version(Version { major: 9, minor: 0 }));
+    assert_eq!(error, WireError::Version(Version { major: 9, ..VERSION }));
     assert_eq!(error.refuse_code(), RefuseCode::WrongVersion);
 }
 

@@ -299,11 +299,11 @@ fn a_length_beyond_all_bounds_is_refused_before_the_payload() {
 
 #[test]
 fn what_is_unknown_is_skipped_only_if_it_may_be() {
-    let mut header = Header::for_payload(MessageType::Other(0x0401), 0, b"state");
+    let mut header = Header::for_payload(MessageType::Other(0x0501), 0, b"state");
     assert_eq!(
         Message::decode(&header, b"state"),
         Ok(Message::Unknown {
-            code: 0x0401,
+            code: 0x0501,
             id: 0,
             payload: b"state"
         })
@@ -312,7 +312,7 @@ fn what_is_unknown_is_skipped_only_if_it_may_be() {
     header.flags = 0;
     assert_eq!(
         Header::decode(&header.encode()),
-        Err(WireError::UnknownMessage(0x0401))
+        Err(WireError::UnknownMessage(0x0501))
     );
     header.flags = 2;
     assert_eq!(Header::decode(&header.encode()), Err(WireError::UnknownFlags(2)));
