@@ -50,6 +50,9 @@ fn niceness() -> i32 {
     rustix::process::getpriority_process(None).unwrap_or(0)
 }
 
+/// `SCHED_FLAG_RESET_ON_FORK` (Linux include/uapi/linux/sched.h).
+const RESET_ON_FORK: u64 = 1;
+
 /// sched_setattr(2) for the calling thread. Where it fails, work is done all the same.
 fn set_attributes(policy: i32, nice: i32, slice_ns: u64) {
     #[repr(C)]
@@ -66,7 +69,8 @@ fn set_attributes(policy: i32, nice: i32, slice_ns: u64) {
     let attributes = Attributes {
         size: size_of::<Attributes>() as u32,
         policy: policy as u32,
-        flags: 0,
+        // What it starts later is as any other thread: a vCPU, for example.
+        flags: RESET_ON_FORK,
         nice,
         priority: 0,
         slice_ns,
@@ -316,6 +320,16 @@ mod tests {
         if demand.2 != 0 {
             assert_eq!((background.2, demand.2), (BACKGROUND_SLICE_NS, DEMAND_SLICE_NS));
         }
+    }
+
+    #[test]
+    fn threads_started_by_one_that_stepped_forward_are_as_any() {
+        let usual = attributes();
+        let child = thread::spawn(|| {
+            step_forward();
+            thread::spawn(attributes).join().unwrap()
+        });
+        assert_eq!(child.join().unwrap(), usual);
     }
 
     #[test]
