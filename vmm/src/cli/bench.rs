@@ -62,6 +62,13 @@ struct Host {
 }
 
 pub(super) fn run(options: &BenchOptions) -> Result<(), CommandError> {
+    if let Some(directory) = &options.svg {
+        // Before anything is measured in vain.
+        std::fs::create_dir_all(directory).map_err(|source| CommandError::Plots {
+            path: directory.display().to_string(),
+            source,
+        })?;
+    }
     let directory = tempfile::tempdir().map_err(CommandError::Scratch)?;
     let image = directory.path().join("image");
     make_image(&image, PAGES)?;
@@ -226,7 +233,10 @@ fn draw(results: &Results, directory: &std::path::Path) -> Result<(), CommandErr
             series: series.filter(|series| !series.points.is_empty()).collect(),
         };
         let path = directory.join(format!("{name}-faults.svg"));
-        std::fs::write(path, plot.svg()).map_err(CommandError::Scratch)?;
+        std::fs::write(&path, plot.svg()).map_err(|source| CommandError::Plots {
+            path: directory.display().to_string(),
+            source,
+        })?;
     }
     Ok(())
 }

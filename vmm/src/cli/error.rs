@@ -126,6 +126,14 @@ pub(super) enum CommandError {
     /// Nothing can be measured.
     #[error("cannot measure")]
     Measure(#[from] MeasureError),
+    /// There is no place for what is drawn.
+    #[error("cannot draw into directory '{path}'")]
+    Plots {
+        /// The directory.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
     /// What measuring needs cannot be had.
     #[error("cannot measure")]
     Scratch(#[source] std::io::Error),
@@ -189,6 +197,7 @@ impl CommandError {
             | Self::Remote(RemoteError::Refused { .. })
             | Self::Attach(AttachError::Refused { .. })
             | Self::LogFile { .. }
+            | Self::Plots { .. }
             | Self::Snapshot {
                 source: StateError::NotASnapshot,
                 ..
