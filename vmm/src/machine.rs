@@ -423,7 +423,7 @@ fn run_to_the_end(
     let vm = Arc::new(vm);
     let (model, all) = make_vcpus(config, &host, &vm)?;
     clock.lap("vcpus");
-    let Some(saved) = begin_state(config, control, &mut event_loop, &region)? else {
+    let Some(saved) = begin_state(config, &mut event_loop, &region)? else {
         return Ok(Outcome::Ended(Ending::Stopped));
     };
     clock.lap("state");

@@ -80,6 +80,7 @@ fn configure(options: &ReceiveOptions, control: &Control) -> Result<MachineConfi
         .map_err(EventLoopError::Signals)
         .map_err(MachineError::from)?;
     let arrival = Arrival::listen(listener, arrival)?;
+    control.arriving(&arrival);
     say!("waiting for a VM at {address}");
     let machine = arrival.await_machine(|| !control.is_ending() && !signals::is_pending(&signals))?;
     let ram = RamMap::new(machine.ram_size).map_err(LayoutError::RamSize)?;

@@ -8,7 +8,6 @@ use umem::pager::PagerError;
 use umem::region::Region;
 
 use super::{MachineConfig, MachineError, Parts, Start};
-use crate::control::Control;
 use crate::devices::{EventLoop, Stopper};
 use crate::ending::Ending;
 use crate::migration::{Arrival, ArrivalError};
@@ -18,7 +17,6 @@ use crate::snapshot::SnapshotState;
 #[expect(clippy::option_option, reason = "an end, and a beginning with nothing")]
 pub(super) fn begin_state(
     config: &MachineConfig,
-    control: &Control,
     event_loop: &mut EventLoop,
     region: &Arc<Region>,
 ) -> Result<Option<Option<Arc<SnapshotState>>>, MachineError> {
@@ -27,7 +25,6 @@ pub(super) fn begin_state(
         Start::Restore(saved) => return Ok(Some(Some(Arc::clone(saved)))),
         Start::Arrive(arrival, _) => arrival,
     };
-    control.arriving(arrival);
     // From when the state is here until vCPUs run, the guest stands still.
     umem::step_forward();
     arrival.prepared(region)?;
