@@ -187,8 +187,8 @@ pub(super) fn refuse_exposure(address: &Address, tls: bool, wanted: bool) -> Res
         return Ok(());
     }
     Err(CommandError::Usage(format!(
-        "{address} can be reached from other hosts, and whoever reaches it can read what is there: listen on 127.0.0.1 or [::1], \
-         use --tls-dir, or say --allow-plaintext",
+        "{address} can be reached from other hosts, by anybody and unencrypted: listen on 127.0.0.1 or [::1], use --tls-dir, or say \
+         --allow-plaintext",
     )))
 }
 
