@@ -214,8 +214,9 @@ struct Sides<'a> {
 }
 
 impl<'a> Sides<'a> {
-    /// Waits until the guest has filled its memory and has been watched for a while, then begins to measure.
-    fn begin(source: &'a Running, destination: &'a Running) -> Result<Self> {
+    /// Waits until the guest has filled its memory and has been watched for a while, then begins to measure. The destination is going
+    /// to need `memory` bytes.
+    fn begin(source: &'a Running, destination: &'a Running, memory: u64) -> Result<Self> {
         // The rounds before are those in which memory and page tables were made.
         let line = source.wait_for_line(0, GUEST, |line| line.starts_with("round=2 "))?;
         let mut quiet_gap_ms: f64 = 0.0;
@@ -226,6 +227,9 @@ impl<'a> Sides<'a> {
             quiet_gap_ms = quiet_gap_ms.max(line.number("worst_gap_us")? as f64 / 1e3);
             end = line.end;
         }
+        crate::touch_free_memory(memory)?;
+        // The round of meanwhile is not counted.
+        let end = source.wait_for_line(source.written(), GUEST, is_round)?.end;
         Ok(Self {
             source,
             destination,
@@ -294,7 +298,7 @@ fn migrate_qemu(bench: &Bench, way: QemuWay, ram: u64, load: Load) -> Result<Mov
     }
     let uri = format!("tcp:127.0.0.1:{}", free_port()?);
     destination.qmp.execute("migrate-incoming", json!({"uri": uri}))?;
-    let sides = Sides::begin(&source.running, &destination.running)?;
+    let sides = Sides::begin(&source.running, &destination.running, ram / 2)?;
     source.qmp.execute("migrate", json!({"uri": uri}))?;
     if matches!(way, QemuWay::Postcopy | QemuWay::Preempt) {
         source.qmp.migration_state(&["active"], LIMIT)?;
@@ -343,7 +347,7 @@ fn migrate_umem(bench: &Bench, mode: &str, ram: u64, load: Load) -> Result<Moved
         .split_whitespace()
         .find(|word| word.starts_with("tcp:"));
     let url = url.context("umem receive does not say where it listens")?;
-    let sides = Sides::begin(&source, &destination)?;
+    let sides = Sides::begin(&source, &destination, ram / 2)?;
     let limit = LIMIT.as_secs();
     let send = format!(
         "destination_url={url},memory_mode={mode},downtime_ms=300,timeout_s={limit},timeout_strategy=cancel"

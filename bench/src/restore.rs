@@ -203,6 +203,7 @@ impl Saved {
     }
 
     fn restore(&self, bench: &Bench, way: Way) -> Result<Vec<Option<f64>>> {
+        crate::touch_free_memory((self.ram / 2).min(MOST_WRITTEN))?;
         let umem_file = self.umem_snapshot().join("snapshot.img");
         match way {
             Way::UmemFile { eager } => self.restore_umem(
