@@ -98,11 +98,12 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Touches so much memory, and half as much again, that nobody uses, so that this host, if it is a VM itself, has it from its own
-/// host by then. The first touch of a page that it has not can take ten times as long, and whether that is so depends on what ran
-/// before: it would be counted for whoever comes first.
+/// Touches much more memory that nobody uses than the `bytes` that are going to be needed, so that this host, if it is a VM itself,
+/// has it from its own host by then. The first touch of a page that it has not can take ten times as long, and whether that is so
+/// depends on what ran before: it would be counted for whoever comes first.
 fn touch_free_memory(bytes: u64) -> Result<()> {
-    let bytes = bytes as usize / 2 * 3;
+    // Which free memory is used next is the kernel's choice.
+    let bytes = (bytes as usize * 3).max(3 << 30);
     // SAFETY: new private memory, of which nobody else knows, is written to in its own bounds and given back.
     unsafe {
         let flags = rustix::mm::MapFlags::PRIVATE;
