@@ -16,7 +16,8 @@ const CAPACITY: usize = 1024;
 
 /// Steps of background work under way at a time: at most as many as keep a connection busy. Demand that comes after them is
 /// behind them where they share a link or a processor, and one for a page that is among them waits for it. So each demand
-/// halves the number, and as many steps as it is, ended without demand, add one.
+/// halves the number, and as many steps as it is, ended without demand, add one. It begins with the least: what a guest waits for
+/// first, it waits for at the beginning.
 const WINDOW: RangeInclusive<usize> = 2..=16;
 
 /// Of threads that work for the background: a tenth of the weight of others where they compete for a CPU.
@@ -132,7 +133,7 @@ impl Schedule {
             queue: VecDeque::with_capacity(CAPACITY),
             outstanding: 0,
             background_outstanding: 0,
-            window: *WINDOW.end(),
+            window: *WINDOW.start(),
             calm: 0,
             progress: 0,
             at_gate: 0,
@@ -369,6 +370,8 @@ mod tests {
     #[test]
     fn the_window_shrinks_with_demand_and_grows_without() {
         let schedule = Schedule::new();
+        assert_eq!(schedule.lock().window, 2);
+        schedule.lock().window = 16;
         for _ in 0..5 {
             schedule.begin_demand();
             schedule.end_demand();
@@ -387,6 +390,7 @@ mod tests {
     #[test]
     fn who_waits_for_room_waits_for_half_the_window() {
         let schedule = Schedule::new();
+        schedule.lock().window = 16;
         for _ in 0..16 {
             schedule.pass_gate().unwrap();
             schedule.begin_background();
