@@ -279,6 +279,9 @@ impl Region {
 
     /// The first run of pages in `within` that the kernel holds in memory, or may hold. What comes before it reads zero, unless it
     /// is still to be loaded.
+    ///
+    /// It is looked for to its end, also where that is far behind `within`: who goes through a region in small steps asks for the
+    /// [first page](Self::first_populated).
     pub fn next_populated(&self, within: PageRange) -> io::Result<Option<PageRange>> {
         let run = match &self.memfd {
             Some(memfd) => self.next_data(memfd, within)?,
@@ -290,16 +293,27 @@ impl Region {
             .filter(|run| run.count > 0))
     }
 
+    /// The first page of `within` that the kernel holds in memory, or may hold.
+    pub fn first_populated(&self, within: PageRange) -> io::Result<Option<PageIndex>> {
+        let first = match &self.memfd {
+            Some(memfd) => {
+                let _whole = self.collapsing.read().unwrap_or_else(PoisonError::into_inner);
+                seek_data(memfd, within.start)?
+            }
+            None => self.next_populated(within)?.map(|run| run.start),
+        };
+        // The page may be one of a large one that begins before.
+        Ok(first
+            .map(|first| first.max(within.start))
+            .filter(|first| *first < within.end()))
+    }
+
     fn next_data(&self, memfd: &OwnedFd, within: PageRange) -> io::Result<Option<PageRange>> {
         let _whole = self.collapsing.read().unwrap_or_else(PoisonError::into_inner);
-        let data = match rustix::fs::seek(memfd, SeekFrom::Data(within.start.byte_offset())) {
-            Ok(offset) => offset,
-            // None from here on.
-            Err(Errno::NXIO) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
+        let Some(start) = seek_data(memfd, within.start)? else {
+            return Ok(None);
         };
-        let hole = rustix::fs::seek(memfd, SeekFrom::Hole(data))?;
-        let start = PageIndex::containing(data);
+        let hole = rustix::fs::seek(memfd, SeekFrom::Hole(start.byte_offset()))?;
         Ok(Some(PageRange::new(
             start,
             hole.div_ceil(PAGE_SIZE as u64) - start.0,
@@ -319,9 +333,8 @@ impl Region {
     /// Whether a page is in memory, or swapped out of it, and so has content of its own.
     pub fn holds(&self, page: PageIndex) -> io::Result<bool> {
         // Of huge pages the file says nothing: hugetlbfs calls all of it data. Who installs one maps it too, which the page map tells.
-        if let (Some(memfd), PageSize::Small) = (&self.memfd, self.page_size) {
-            let data = self.next_data(memfd, PageRange::single(page))?;
-            return Ok(data.is_some_and(|run| run.start <= page));
+        if let (Some(_), PageSize::Small) = (&self.memfd, self.page_size) {
+            return Ok(self.first_populated(PageRange::single(page))?.is_some());
         }
         let address = self.addresses(PageRange::single(page)).start.0;
         let mut entry = [0; 8];
@@ -526,6 +539,16 @@ unsafe impl rustix::ioctl::Ioctl for PagemapScan<'_> {
         _: *mut rustix::ffi::c_void,
     ) -> rustix::io::Result<usize> {
         Ok(output as usize)
+    }
+}
+
+/// The first page from `from` on that a file has content of.
+fn seek_data(memfd: &OwnedFd, from: PageIndex) -> io::Result<Option<PageIndex>> {
+    match rustix::fs::seek(memfd, SeekFrom::Data(from.byte_offset())) {
+        Ok(offset) => Ok(Some(PageIndex::containing(offset))),
+        // None from here on.
+        Err(Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 
