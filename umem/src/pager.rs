@@ -282,51 +282,34 @@ impl Pager {
             page_size,
             states: Arc::new(states),
         };
-        Self::serve(
-            memory,
-            Some(region),
-            Vec::new(),
-            0,
-            source,
-            options,
-            Box::new(observer),
-        )
+        let begin = Begin {
+            region: Some(region),
+            uncertain: Vec::new(),
+            later: false,
+        };
+        Self::serve(memory, begin, source, options, Box::new(observer))
     }
 
-    /// The same for a region of which some pages are there: those that are settled in `states`, and no others.
-    ///
-    /// What is there need not be mapped, and is mapped by the kernel as soon as it is touched.
-    pub fn start_with(
+    /// Prepares to serve a region whose pages come before that ([`PreparedPager`]).
+    pub fn prepare(
         region: Arc<Region>,
         states: Arc<PageStates>,
         source: Arc<dyn PageSource>,
         options: impl Into<PagerOptions>,
         observer: impl Fn(Notice) + Send + Sync + 'static,
-    ) -> Result<Self, StartError> {
+    ) -> Result<PreparedPager, StartError> {
         let options = options.into();
-        let populated_at_start = region.populated().map_err(StartError::Count)?;
-        // Not for minor faults: each page that is there would be one.
-        let stripes = register(&region, options.stripes, RegisterMode::Missing)?;
         let memory = Memory {
-            stripes,
+            stripes: open_stripes(&region, options.stripes)?,
             page_size: region.page_size(),
             states,
         };
-        let mut pager = Self::serve(
-            memory,
-            Some(region),
-            Vec::new(),
-            populated_at_start,
-            source,
-            options,
-            Box::new(observer),
-        )?;
-        if pager.shared.states.all_settled() {
-            // It takes time to make huge pages again, and somebody is waiting for this to return.
-            let release = pager.spawn("umem-release".into(), |shared| shared.release())?;
-            pager.workers.push(release);
-        }
-        Ok(pager)
+        let begin = Begin {
+            region: Some(region),
+            uncertain: Vec::new(),
+            later: true,
+        };
+        Self::serve(memory, begin, source, options, Box::new(observer)).map(PreparedPager)
     }
 
     /// Goes on serving memory that was served before by a process that is gone, or was not served yet: memory of another
@@ -337,16 +320,12 @@ impl Pager {
         options: impl Into<PagerOptions>,
         observer: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
-        let uncertain = memory.states.cancel_all();
-        let pager = Self::serve(
-            memory,
-            None,
-            uncertain,
-            0,
-            source,
-            options.into(),
-            Box::new(observer),
-        )?;
+        let begin = Begin {
+            region: None,
+            uncertain: memory.states.cancel_all(),
+            later: false,
+        };
+        let pager = Self::serve(memory, begin, source, options.into(), Box::new(observer))?;
         // Faults that were read and not answered are nowhere any more: who waits is woken, and faults again.
         pager.shared.wake(pager.shared.states.all());
         Ok(pager)
@@ -354,9 +333,7 @@ impl Pager {
 
     fn serve(
         memory: Memory,
-        region: Option<Arc<Region>>,
-        uncertain: Vec<PageIndex>,
-        populated_at_start: u64,
+        begin: Begin,
         source: Arc<dyn PageSource>,
         options: PagerOptions,
         observer: Observer,
@@ -380,12 +357,12 @@ impl Pager {
         });
         let shared = Arc::new(Shared {
             stripes: stripes.collect(),
-            region,
+            region: begin.region,
             page_size,
             source,
             states,
-            uncertain,
-            populated_at_start,
+            uncertain: begin.uncertain,
+            populated_at_start: OnceLock::new(),
             schedule: Schedule::new(),
             waiting: Mutex::new(Vec::with_capacity(1024)),
             latency: Default::default(),
@@ -400,6 +377,10 @@ impl Pager {
             stop,
             observer,
         });
+        if begin.later {
+            // Closes the gate for the fill. No fault comes before something is registered.
+            shared.schedule.begin_demand();
+        }
         let sink: Weak<Shared> = Arc::downgrade(&shared);
         shared.source.attach(sink);
         let mut pager = Self {
@@ -446,6 +427,11 @@ impl Pager {
         join(self.fault_threads.drain(..));
     }
 
+    /// Of a pager that was prepared: loads what nobody touches from now on. Called once.
+    pub fn fill(&self) {
+        self.shared.schedule.end_demand();
+    }
+
     /// If every page is settled, whoever brought it: makes the region ordinary memory, as the pager does by itself when it has
     /// brought the last page. Answers whether that is so.
     pub fn release(&self) -> bool {
@@ -465,7 +451,7 @@ impl Pager {
         let histograms: Vec<&Histogram> = shared.latency.iter().collect();
         PagerStats {
             states: shared.states.counts(),
-            populated_at_start: shared.populated_at_start,
+            populated_at_start: shared.populated_at_start.get().copied().unwrap_or(0),
             demand: shared.states.arrived_by(Arrival::Demand),
             prefetched: shared.states.arrived_by(Arrival::Prefetched),
             pushed: shared.states.arrived_by(Arrival::Pushed),
@@ -514,6 +500,56 @@ impl Pager {
     }
 }
 
+/// How a pager begins.
+struct Begin {
+    /// Its region, if it is this process' own.
+    region: Option<Arc<Region>>,
+    /// Units that a pager before it may have installed, or not; sorted.
+    uncertain: Vec<PageIndex>,
+    /// Nothing is registered yet.
+    later: bool,
+}
+
+/// A pager that has its threads and serves nothing yet: of a region that somebody writes to, and notes so in its page states.
+///
+/// ```text
+///                 begin                   fill
+///   prepared ---------------> serving ---------> serving, and filling
+///      |  pages are preset       pages arrive that are touched
+///      |  and forgotten
+///      +--- drop: nothing was served
+/// ```
+#[derive(Debug)]
+pub struct PreparedPager(Pager);
+
+impl PreparedPager {
+    /// Registers the region and serves it from now on. Those of its pages are there that are settled in the states, and no others;
+    /// nobody writes to it any more but who touches it.
+    ///
+    /// What is there need not be mapped, and is mapped by the kernel as soon as it is touched. What nobody touches is loaded from
+    /// [`Pager::fill`] on.
+    pub fn begin(self) -> Result<Pager, StartError> {
+        let Self(mut pager) = self;
+        let shared = &pager.shared;
+        if let Some(region) = &shared.region {
+            let populated = region.populated().map_err(StartError::Count)?;
+            let _ = shared.populated_at_start.set(populated);
+            for stripe in &shared.stripes {
+                // Not for minor faults: each page that is there would be one.
+                let addresses = region.addresses(stripe.pages);
+                let registered = stripe.uffd.register(addresses, RegisterMode::Missing);
+                registered.map_err(StartError::Register)?;
+            }
+        }
+        if shared.states.all_settled() {
+            // It takes time to make huge pages again, and somebody is waiting for this to return.
+            let release = pager.spawn("umem-release".into(), |shared| shared.release())?;
+            pager.workers.push(release);
+        }
+        Ok(pager)
+    }
+}
+
 impl Drop for Pager {
     fn drop(&mut self) {
         self.stop();
@@ -549,6 +585,19 @@ pub fn register(
     stripes: usize,
     mode: RegisterMode,
 ) -> Result<Vec<RegisteredStripe>, StartError> {
+    let stripes = open_stripes(region, stripes)?;
+    for stripe in &stripes {
+        let addresses = region.addresses(stripe.pages);
+        stripe
+            .uffd
+            .register(addresses, mode)
+            .map_err(StartError::Register)?;
+    }
+    Ok(stripes)
+}
+
+/// The same, with nothing registered yet.
+fn open_stripes(region: &Region, stripes: usize) -> Result<Vec<RegisteredStripe>, StartError> {
     let (features, _) = region.registration();
     let events = Features::EVENT_REMOVE
         .and(Features::EVENT_UNMAP)
@@ -562,10 +611,8 @@ pub fn register(
     (0..region.pages().div_ceil(length))
         .map(|index| {
             let pages = PageRange::new(PageIndex(index * length), length).clamp_to(PageIndex(region.pages()));
-            let addresses = region.addresses(pages);
-            let start = addresses.start;
+            let start = region.addresses(pages).start;
             let uffd = Userfaultfd::open(features.and(events))?;
-            uffd.register(addresses, mode).map_err(StartError::Register)?;
             Ok(RegisteredStripe { uffd, pages, start })
         })
         .collect()

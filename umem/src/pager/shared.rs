@@ -39,7 +39,7 @@ pub(super) struct Shared {
     /// Units that a pager before this one may have installed, or not; sorted.
     pub(super) uncertain: Vec<PageIndex>,
     /// Pages that the kernel held when the pager began.
-    pub(super) populated_at_start: u64,
+    pub(super) populated_at_start: OnceLock<u64>,
     pub(super) schedule: Schedule,
     pub(super) waiting: Mutex<Vec<Waiting>>,
     pub(super) latency: [Histogram; FaultClass::ALL.len()],

@@ -24,6 +24,7 @@ pub struct Callers {
 #[derive(Default)]
 struct Waiting {
     opened: VecDeque<(ChannelKind, Opened)>,
+    begun: bool,
     closed: bool,
 }
 
@@ -35,6 +36,12 @@ impl Callers {
             waiting: Mutex::default(),
             changed: Condvar::new(),
         }
+    }
+
+    /// Channels can be taken from now on. Before that a provider may have opened them, and attends to none.
+    pub fn begin(&self) {
+        self.lock().begun = true;
+        self.changed.notify_all();
     }
 
     /// A provider has opened a channel.
@@ -61,8 +68,11 @@ impl Callers {
 
     /// The channel of this kind that was opened first, which is waited for.
     pub(super) fn take(&self, kind: ChannelKind, patience: Duration) -> Result<Opened, RemoteError> {
-        let deadline = Instant::now() + patience;
         let mut waiting = self.lock();
+        while !waiting.begun && !waiting.closed {
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        let deadline = Instant::now() + patience;
         loop {
             if waiting.closed {
                 return Err(RemoteError::Closed);
