@@ -124,11 +124,17 @@ impl Instance {
         self.wait_until("the guest goes on", |_| self.round() >= before + 2);
     }
 
-    /// Checks that the guest does nothing here, for a time in which it would do much.
+    /// Checks that the guest does nothing here, for a time in which it would do a hundred times as much as may still be on its way
+    /// from before.
     pub fn assert_stands_still(&self) {
-        let before = self.guest_output();
+        let before = self.round();
         self.wait_for_exit(Duration::from_millis(200));
-        assert_eq!(self.guest_output(), before, "the guest runs here");
+        let after = self.round();
+        assert!(
+            after <= before + 1,
+            "the guest runs here: {}",
+            self.guest_output()
+        );
     }
 
     /// Ends it without a word.

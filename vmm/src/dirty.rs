@@ -111,6 +111,13 @@ impl PageBitmap {
         }
     }
 
+    /// Takes away all pages of another set of the same RAM.
+    pub fn subtract(&mut self, other: &Self) {
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
     /// Its pages in runs, in order.
     pub fn runs(&self) -> impl Iterator<Item = PageRange> {
         let mut rest = PageRange::new(PageIndex(0), self.pages);
@@ -230,6 +237,20 @@ impl DirtyTracker {
         Ok(std::mem::replace(&mut self.kept, none))
     }
 
+    /// The same as [`Self::take`] of everything, without forgetting it: what has changed is in the next answer too, unless it is
+    /// [forgotten](forget) meanwhile.
+    ///
+    /// # Errors
+    /// KVM does not tell.
+    pub fn look(&mut self, vm: &Vm) -> Result<PageBitmap, VmError> {
+        let mut seen = self.kept.clone();
+        for (slot, pages) in &self.slots {
+            seen.merge_at(pages.start.0, &vm.dirty_log(*slot)?);
+        }
+        self.own.take(&mut seen);
+        Ok(seen)
+    }
+
     /// Takes back what was taken: it is in the next answer again. For whoever could not do with it what was to be done.
     pub fn give_back(&mut self, pages: &PageBitmap) {
         self.kept.merge(pages);
@@ -247,6 +268,30 @@ impl DirtyTracker {
         // All of them, whatever becomes of one.
         stopped.fold(Ok(()), Result::and)
     }
+}
+
+/// Forgets that pages of RAM have changed, right before they are read: what changes from now on is seen, and what changed before need
+/// not be read twice.
+///
+/// # Errors
+/// KVM does not forget it.
+pub(crate) fn forget(vm: &Vm, memory: &GuestMemory, pages: PageRange) -> Result<(), VmError> {
+    for (slot, all) in memory.ram_slots() {
+        let start = pages.start.max(all.start);
+        let end = pages.end().min(all.end());
+        if start >= end {
+            continue;
+        }
+        let within = PageRange::new(PageIndex(start.0 - all.start.0), end.0 - start.0);
+        let first = within.start.0 - within.start.0 % 64;
+        // Exactly these: what else is in their words may have been read already.
+        let mut log = PageBitmap::new(within.end().0 - first);
+        for page in within.pages() {
+            log.insert(PageIndex(page.0 - first));
+        }
+        vm.clear_dirty_log(slot, first, &mut log.words)?;
+    }
+    Ok(())
 }
 
 /// Changes of a VM's RAM since it was the same as an image, for snapshots that hold nothing else.

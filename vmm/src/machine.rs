@@ -12,7 +12,7 @@ use umem::causes::chain;
 use umem::pager::{Notice, PagerError, PagerOptions, StartError};
 use umem::region::{Backing, PageSize, Region, RegionError};
 use umem::states::{PageStates, StateCounts};
-use umem::units::PageIndex;
+use umem::units::{PageIndex, PageRange};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,7 +23,7 @@ use crate::devices::{
     BALLOON_IRQ, Balloon, BalloonOptions, Console, ConsoleError, DeviceBus, DeviceState, EventLoop,
     EventLoopError, SERIAL_IRQ, Stopper,
 };
-use crate::dirty::{Changes, DirtyTracker, PageBitmap, Tracking};
+use crate::dirty::{self, Changes, DirtyTracker, PageBitmap, Tracking};
 use crate::ending::Ending;
 use crate::invalidations::InvalidationsError;
 use crate::kvm::{
@@ -33,7 +33,7 @@ use crate::kvm::{
 };
 use crate::memory::GuestMemory;
 use crate::migration::{Arrival, ArrivalError, Description, Mode};
-use crate::ram_source::{RamSource, ServeError, ServingPager};
+use crate::ram_source::{RamSource, ServeError, ServingPager, ServingRam};
 use crate::removal::{Ram, Remover};
 use crate::report::{Process, Report, milliseconds};
 use crate::snapshot::{Memory, Saved, SavedPages, SnapshotError, SnapshotState, VERSION};
@@ -234,6 +234,7 @@ pub(crate) struct Parts {
     /// After the VM, which may look at it.
     memory: GuestMemory,
     tracking: Mutex<Tracking>,
+    state_list: OnceLock<StateList>,
     /// While the machine comes from another host, and after.
     arrival: Option<Arrival>,
 }
@@ -267,7 +268,7 @@ impl Parts {
 
     /// The state of a VM all of whose vCPUs stand still. `patience` is how long they may take to say theirs.
     pub(crate) fn save_state(&self, patience: Duration) -> Result<SnapshotState, SnapshotError> {
-        let list = StateList::new(&Host::open()?)?;
+        let list = self.state_list()?.clone();
         // What comes from outside meanwhile waits, so that all parts of the state are of one moment.
         self.bus.hold_still(|devices| {
             let vcpus = self
@@ -330,8 +331,34 @@ impl Parts {
         tracker.take(&self.vm)
     }
 
+    /// The same, which is in the next answer too if it is not [forgotten](Self::forget_changes).
+    pub(crate) fn look_at_changes(&self, tracker: &mut DirtyTracker) -> Result<PageBitmap, VmError> {
+        tracker.look(&self.vm)
+    }
+
+    /// Forgets that `pages`, which are about to be read, have changed.
+    pub(crate) fn forget_changes(&self, pages: PageRange) -> Result<(), VmError> {
+        dirty::forget(&self.vm, &self.memory, pages)
+    }
+
     pub(crate) fn return_tracker(&self, tracker: DirtyTracker) {
         self.tracking().give(tracker, &self.vm);
+    }
+
+    /// Loads what nobody touches of RAM that came later than its machine.
+    pub(crate) fn fill(&self) {
+        if let Some(pager) = &*self.pager() {
+            pager.fill();
+        }
+    }
+
+    /// The list of what KVM saves of a vCPU.
+    pub(crate) fn state_list(&self) -> Result<&StateList, SnapshotError> {
+        if let Some(list) = self.state_list.get() {
+            return Ok(list);
+        }
+        let list = StateList::new(&Host::open()?)?;
+        Ok(self.state_list.get_or_init(|| list))
     }
 
     /// How many pages of a machine that came from another host are still there.
@@ -423,18 +450,15 @@ fn run_to_the_end(
     let vm = Arc::new(vm);
     let (model, all) = make_vcpus(config, &host, &vm)?;
     clock.lap("vcpus");
-    let Some(saved) = begin_state(config, &mut event_loop, &region)? else {
+    let failure = Arc::new(OnceLock::new());
+    let pager = start_pager(config, &region, &failure, &places, event_loop.stopper(), control)?;
+    clock.lap("pager");
+    let Some(saved) = begin_state(config, &mut event_loop)? else {
         return Ok(Outcome::Ended(Ending::Stopped));
     };
     clock.lap("state");
-    let failure = Arc::new(OnceLock::new());
-    let pager = start_pager(config, &region, &failure, &places, event_loop.stopper(), control)?;
-    let recording = config
-        .recording
-        .clone()
-        .map(|recording| recording.start(config.source.digest(), region.pages()))
-        .transpose()?;
-    clock.lap("pager");
+    let pager = pager.begin()?;
+    let recording = start_recording(config, &region)?;
 
     let (console, bus) = make_devices(config, saved.as_deref(), &vm, (&memory, &region), control)?;
     event_loop.add(Box::new(console));
@@ -463,6 +487,7 @@ fn run_to_the_end(
         vm,
         memory,
         tracking: Mutex::new(tracking),
+        state_list: OnceLock::new(),
         arrival,
     });
     // Before a vCPU runs: who hears that it does may ask for anything.
@@ -515,6 +540,17 @@ fn run_to_the_end(
         return Err(error.into());
     }
     outcome(ending?, failure.get(), recorded)
+}
+
+/// The record of the pages that the guest touches, if there is to be one.
+fn start_recording(
+    config: &MachineConfig,
+    region: &Region,
+) -> Result<Option<RunningRecording>, WorkingSetFileError> {
+    let recording = config.recording.clone();
+    recording
+        .map(|recording| recording.start(config.source.digest(), region.pages()))
+        .transpose()
 }
 
 /// What was counted.
@@ -689,7 +725,7 @@ fn start_pager(
     places: &Places,
     stopper: Stopper,
     control: &Control,
-) -> Result<ServingPager, MachineError> {
+) -> Result<ServingRam, MachineError> {
     let failure = Arc::clone(failure);
     let control = control.clone();
     let arrival = match &config.source {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use umem::handoff::{AttachedPager, PagerAddress};
-use umem::pager::{Notice, Pager, PagerOptions, PagerStats, StartError};
+use umem::pager::{Notice, Pager, PagerOptions, PagerStats, PreparedPager, StartError};
 use umem::region::Region;
 use umem::source::PageSource;
 use umem::states::{PageStates, StateCounts};
@@ -64,17 +64,18 @@ impl RamSource {
         }
     }
 
-    /// Begins to serve `region`.
+    /// Begins to serve `region`, or, where its pages come before the state of the machine does, prepares to.
     pub(crate) fn serve(
         &self,
         region: Arc<Region>,
         options: PagerOptions,
         observer: impl Fn(Notice) + Send + Sync + 'static,
-    ) -> Result<ServingPager, ServeError> {
-        Ok(match self {
+    ) -> Result<ServingRam, ServeError> {
+        Ok(ServingRam::Now(match self {
             Self::Arriving(arrival) => {
-                let (states, source) = arrival.ram()?;
-                ServingPager::Own(Pager::start_with(region, states, source, options, observer)?)
+                let (states, source) = arrival.land(&region)?;
+                let prepared = Pager::prepare(region, states, source, options, observer)?;
+                return Ok(ServingRam::Later(prepared));
             }
             Self::Source(source) => {
                 ServingPager::Own(Pager::start(region, Arc::clone(source), options, observer)?)
@@ -90,7 +91,7 @@ impl RamSource {
                     AttachedPager::start(address, digest, timeout, region, options, &own_pages, observer)?;
                 ServingPager::Attached(pager)
             }
-        })
+        }))
     }
 }
 
@@ -103,6 +104,25 @@ pub(crate) enum ServeError {
     /// The machine does not arrive.
     #[error(transparent)]
     Arrival(#[from] ArrivalError),
+}
+
+/// A pager for RAM.
+#[derive(Debug)]
+pub(crate) enum ServingRam {
+    /// That serves it.
+    Now(ServingPager),
+    /// That is going to, when the machine's state is there.
+    Later(PreparedPager),
+}
+
+impl ServingRam {
+    /// Serves it, from now on at the latest.
+    pub(crate) fn begin(self) -> Result<ServingPager, StartError> {
+        match self {
+            Self::Now(pager) => Ok(pager),
+            Self::Later(prepared) => prepared.begin().map(ServingPager::Own),
+        }
+    }
 }
 
 /// A pager that serves RAM.
@@ -118,6 +138,13 @@ impl ServingPager {
         match self {
             Self::Own(pager) => pager.stop(),
             Self::Attached(pager) => pager.stop(),
+        }
+    }
+
+    /// Of RAM that was served [later](ServingRam::Later): loads what nobody touches, too.
+    pub(crate) fn fill(&self) {
+        if let Self::Own(pager) = self {
+            pager.fill();
         }
     }
 

@@ -12,6 +12,9 @@ use super::Host;
 
 const RANGE: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
 
+/// Those that say where in guest memory KVM writes.
+const AREAS: std::ops::RangeInclusive<u32> = 0x4b56_4d01..=0x4b56_4d04;
+
 /// Asynchronous page faults: on or off and where the guest looks.
 pub const ASYNC_PF_ENABLE: u32 = 0x4b56_4d02;
 /// With which interrupt a page is ready.
@@ -97,6 +100,15 @@ impl ParavirtualMsrs {
     pub fn get(&self, msr: u32) -> Option<u64> {
         let mut values = self.values.iter();
         values.find(|(index, _)| *index == msr).map(|(_, value)| *value)
+    }
+
+    /// Guest-physical addresses that KVM writes to for a guest that has asked for it, each with bit 0: clock, asynchronous page
+    /// faults, steal time, end of interrupt.
+    pub(super) fn areas(&self) -> impl Iterator<Item = u64> {
+        let areas = self.values.iter().filter(|(msr, _)| AREAS.contains(msr));
+        areas
+            .filter(|(_, value)| value & 1 == 1)
+            .map(|(_, value)| value & !63)
     }
 
     /// Writes them to a vCPU that does not run yet. Memory slots, CPUID, local APIC and system registers come before, and the pager

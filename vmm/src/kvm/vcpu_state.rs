@@ -18,8 +18,10 @@ use thiserror::Error;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{errno, ioctl_ior_nr, ioctl_iow_nr};
 
+use super::page_walk::{Paging, Pointers};
 use super::plain::{self, Blob};
 use super::{Host, MsrError, ParavirtualMsrs, Vcpu, paravirtual_msrs};
+use crate::address_map::PAGE_SIZE;
 
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
@@ -31,6 +33,9 @@ const MSR_TSC: u32 = 0x10;
 /// No state, but an act: to have the time written into guest memory.
 const MSR_OLD_WALL_CLOCK: u32 = 0x11;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Where a system call enters the kernel.
+const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 /// Of Hyper-V's interface, which no guest here is offered: some of them are clocks.
 const HYPER_V_MSRS: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_0fff;
 const PARAVIRTUAL_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
@@ -233,6 +238,57 @@ impl VcpuState {
         set.part("the events", fd.set_vcpu_events(&self.events))?;
         vcpu.excuse_pause();
         Ok(())
+    }
+
+    /// What of it points to memory.
+    pub(super) fn pointers(&self) -> Pointers {
+        const PAGING: u64 = 1 << 31;
+        const FIVE_LEVELS: u64 = 1 << 12;
+        const LONG_MODE_ACTIVE: u64 = 1 << 10;
+        let (registers, system) = (&self.registers, &self.system_registers);
+        let paging = match (system.cr0 & PAGING, system.efer & LONG_MODE_ACTIVE) {
+            (0, _) => Paging::Off,
+            (_, 0) => Paging::Other,
+            _ if system.cr4 & FIVE_LEVELS != 0 => Paging::Levels(5),
+            _ => Paging::Levels(4),
+        };
+        let code = system.cs.base.wrapping_add(registers.rip);
+        let stack = system.ss.base.wrapping_add(registers.rsp);
+        let mut linear = vec![
+            code,
+            code.wrapping_add(PAGE_SIZE),
+            stack,
+            stack.wrapping_sub(PAGE_SIZE),
+            system.idt.base,
+            system.gdt.base,
+            system.tr.base,
+            system.fs.base,
+            system.gs.base,
+        ];
+        let kernel = [MSR_LSTAR, MSR_KERNEL_GS_BASE];
+        linear.extend(
+            self.msrs
+                .iter()
+                .filter(|(msr, _)| kernel.contains(msr))
+                .map(|(_, value)| value),
+        );
+        let r = registers;
+        let general = [
+            r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
+            r.r15,
+        ];
+        // What walks through memory is about to come to the next page.
+        linear.extend(
+            general
+                .into_iter()
+                .flat_map(|value| [value, value.wrapping_add(PAGE_SIZE)]),
+        );
+        Pointers {
+            paging,
+            root: system.cr3,
+            linear,
+            physical: self.paravirtual_msrs.areas().collect(),
+        }
     }
 
     fn restore_tsc_frequency(&self, fd: &VcpuFd) -> Result<(), VcpuStateError> {

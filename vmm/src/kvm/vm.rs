@@ -176,26 +176,53 @@ impl Vm {
     /// The pages of a slot that were written to since it is logged or since they were last asked for: one bit a page, the lowest
     /// first. A page that is written to while it is asked for is in this answer or in the next, or in both.
     pub fn take_dirty_log(&self, slot: u32) -> Result<Vec<u64>, VmError> {
-        let slots = self.slots();
-        let size = slots.get(&slot).ok_or(VmError::NoSlot(slot))?.memory_size;
-        let failed = |act| move |source| VmError::DirtyLog { act, slot, source };
-        let log = self.fd.get_dirty_log(slot, size as usize);
-        let mut log = log.map_err(failed("tell"))?;
-        if self.cleared_apart && log.iter().any(|word| *word != 0) {
-            let clear = kvm_clear_dirty_log {
-                slot,
-                num_pages: (size / PAGE_SIZE) as u32,
-                first_page: 0,
-                __bindgen_anon_1: kvm_bindings::kvm_clear_dirty_log__bindgen_ty_1 {
-                    dirty_bitmap: log.as_mut_ptr().cast(),
-                },
-            };
-            // SAFETY: KVM reads a bit for each page of the slot, and `log` has as many.
-            if unsafe { ioctl_with_ref(&self.fd, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
-                return Err(failed("forget")(errno::Error::last()));
-            }
+        let mut log = self.dirty_log(slot)?;
+        if log.iter().any(|word| *word != 0) {
+            self.clear_dirty_log(slot, 0, &mut log)?;
         }
         Ok(log)
+    }
+
+    /// The same without forgetting it, where KVM can ([`Self::clear_dirty_log`]).
+    pub fn dirty_log(&self, slot: u32) -> Result<Vec<u64>, VmError> {
+        let size = self.slot_pages(slot)? * PAGE_SIZE;
+        let log = self.fd.get_dirty_log(slot, size as usize);
+        log.map_err(|source| VmError::DirtyLog {
+            act: "tell",
+            slot,
+            source,
+        })
+    }
+
+    /// Forgets that pages of a slot were written to, those with a bit in `log`, of which the lowest is that of page `first`, a multiple
+    /// of 64. Nothing is to be done where KVM forgets what it has told.
+    pub fn clear_dirty_log(&self, slot: u32, first: u64, log: &mut [u64]) -> Result<(), VmError> {
+        if !self.cleared_apart {
+            return Ok(());
+        }
+        let rest = self.slot_pages(slot)?.saturating_sub(first);
+        let clear = kvm_clear_dirty_log {
+            slot,
+            num_pages: rest.min(log.len() as u64 * 64) as u32,
+            first_page: first,
+            __bindgen_anon_1: kvm_bindings::kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: log.as_mut_ptr().cast(),
+            },
+        };
+        // SAFETY: KVM reads a bit for each of these pages, and `log` has as many.
+        if unsafe { ioctl_with_ref(&self.fd, KVM_CLEAR_DIRTY_LOG(), &clear) } != 0 {
+            return Err(VmError::DirtyLog {
+                act: "forget",
+                slot,
+                source: errno::Error::last(),
+            });
+        }
+        Ok(())
+    }
+
+    fn slot_pages(&self, slot: u32) -> Result<u64, VmError> {
+        let slots = self.slots();
+        Ok(slots.get(&slot).ok_or(VmError::NoSlot(slot))?.memory_size / PAGE_SIZE)
     }
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<u32, kvm_userspace_memory_region>> {

@@ -5,7 +5,6 @@ use std::thread;
 
 use umem::causes::chain;
 use umem::pager::PagerError;
-use umem::region::Region;
 
 use super::{MachineConfig, MachineError, Parts, Start};
 use crate::devices::{EventLoop, Stopper};
@@ -18,7 +17,6 @@ use crate::snapshot::SnapshotState;
 pub(super) fn begin_state(
     config: &MachineConfig,
     event_loop: &mut EventLoop,
-    region: &Arc<Region>,
 ) -> Result<Option<Option<Arc<SnapshotState>>>, MachineError> {
     let arrival = match &config.start {
         Start::Boot { .. } => return Ok(Some(None)),
@@ -27,13 +25,16 @@ pub(super) fn begin_state(
     };
     // From when the state is here until vCPUs run, the guest stands still.
     umem::step_forward();
-    arrival.prepared(region)?;
+    arrival.prepared();
     let wake = arrival.wake().map_err(MachineError::Os)?;
     if event_loop.run_until(wake, || arrival.has_state())?.is_some() {
         arrival.give_up("it was stopped where the VM was to go");
         return Ok(None);
     }
-    Ok(Some(Some(Arc::new(arrival.take_state()?))))
+    arrival.lap("woken");
+    let saved = arrival.take_state()?;
+    arrival.lap("decoded");
+    Ok(Some(Some(Arc::new(saved))))
 }
 
 /// Lets a VM that arrived run when it is this host's, and ends it here if that comes to nothing.
@@ -48,7 +49,10 @@ pub(super) fn take_over(parts: &Arc<Parts>, stopper: Stopper) {
         if parts.vcpus.await_standing().is_ok() && arrival.load() {
             let stood = parts.vcpus.state_age();
             parts.vcpus.unpark();
+            arrival.lap("unparked");
             arrival.runs(stood);
+            // Not before: it would take time from what the guest waits for.
+            parts.fill();
         } else {
             stopper.end(Ending::Stopped);
         }

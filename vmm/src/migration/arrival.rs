@@ -107,6 +107,8 @@ struct Shared {
     /// What says something on the control channel.
     voice: Mutex<Option<Sender>>,
     began: Instant,
+    /// When what happened while the guest stood still.
+    laps: Mutex<Vec<(&'static str, Instant)>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -133,6 +135,8 @@ struct State {
     /// The machine says so.
     runs: bool,
     has_all: bool,
+    /// It ends, and needs no more of them.
+    ends: bool,
     /// The source knows.
     done: bool,
     downtime: Option<Duration>,
@@ -154,7 +158,7 @@ impl State {
             Phase::Waiting | Phase::Making | Phase::Arriving | Phase::Loading => None,
             Phase::Loaded => Some(Step::Loaded),
             Phase::Mine if !self.runs => None,
-            Phase::Mine if self.has_all => Some(Step::Complete),
+            Phase::Mine if self.has_all || self.ends => Some(Step::Complete),
             Phase::Mine => Some(Step::Running),
             Phase::Over => Some(Step::Abort),
         }
@@ -178,6 +182,7 @@ impl Arrival {
                 bytes: None,
                 runs: false,
                 has_all: false,
+                ends: false,
                 done: false,
                 downtime: None,
             }),
@@ -187,6 +192,7 @@ impl Arrival {
             source: OnceLock::new(),
             voice: Mutex::default(),
             began: Instant::now(),
+            laps: Mutex::default(),
         });
         let door = Door::open(listener, Arc::clone(&shared)).map_err(ArrivalError::Os)?;
         let controlling = Arc::clone(&shared);
@@ -221,19 +227,48 @@ impl Arrival {
         }
     }
 
-    /// The machine is made, and this is its RAM: it can be sent.
-    pub(crate) fn prepared(&self, region: &Arc<Region>) -> Result<(), ArrivalError> {
+    /// This is going to be RAM. The answer is what of it is there, and where the rest comes from.
+    pub(crate) fn land(
+        &self,
+        region: &Arc<Region>,
+    ) -> Result<(Arc<PageStates>, Arc<dyn PageSource>), ArrivalError> {
         let landing = Landing::new(Arc::clone(region))
             .ok_or_else(|| ArrivalError::Memory("there is no memory for the page states".into()))?;
         let mut state = self.shared.lock();
+        if state.phase == Phase::Over {
+            return Err(state.error.take().unwrap_or(ArrivalError::Stopped));
+        }
+        let options = RemoteOptions {
+            timeout: self.shared.options.timeout,
+            connections: state
+                .description
+                .as_ref()
+                .map_or(1, |machine| machine.connections as usize),
+            ..RemoteOptions::default()
+        };
+        let source = Arc::new(RemoteSource::called(
+            Arc::clone(&self.shared.callers),
+            region.pages(),
+            options,
+        ));
+        let _ = self.shared.source.set(Arc::clone(&source));
+        let states = Arc::clone(&landing.states);
+        state.landing = Some(Arc::new(landing));
+        Ok((states, source))
+    }
+
+    /// The machine is made: its RAM can be sent.
+    pub(crate) fn prepared(&self) {
+        let mut state = self.shared.lock();
+        let unit = state
+            .landing
+            .as_ref()
+            .map_or(1, |landing| landing.region.page_size().pages());
         if state.phase == Phase::Making {
             state.phase = Phase::Arriving;
-            state.landing = Some(Arc::new(landing));
         }
         drop(state);
-        self.shared
-            .say(Step::Prepared, region.page_size().pages() as u32, "");
-        Ok(())
+        self.shared.say(Step::Prepared, unit as u32, "");
     }
 
     /// Readable when [`Self::has_state`].
@@ -245,6 +280,11 @@ impl Arrival {
     pub(crate) fn has_state(&self) -> bool {
         let state = self.shared.lock();
         state.phase == Phase::Over || state.bytes.is_some()
+    }
+
+    /// What was to be done by now is done.
+    pub(crate) fn lap(&self, name: &'static str) {
+        self.shared.lap(name);
     }
 
     /// The state to begin in.
@@ -268,30 +308,6 @@ impl Arrival {
         Ok(saved)
     }
 
-    /// What of RAM is there, and where the rest comes from.
-    pub(crate) fn ram(&self) -> Result<(Arc<PageStates>, Arc<dyn PageSource>), ArrivalError> {
-        let state = self.shared.lock();
-        let Some(landing) = &state.landing else {
-            return Err(ArrivalError::Stopped);
-        };
-        let options = RemoteOptions {
-            timeout: self.shared.options.timeout,
-            connections: state
-                .description
-                .as_ref()
-                .map_or(1, |machine| machine.connections as usize),
-            ..RemoteOptions::default()
-        };
-        let pages = landing.region.pages();
-        let source = Arc::new(RemoteSource::called(
-            Arc::clone(&self.shared.callers),
-            pages,
-            options,
-        ));
-        let _ = self.shared.source.set(Arc::clone(&source));
-        Ok((Arc::clone(&landing.states), source))
-    }
-
     /// The machine is about to run, if it is this side's: true. False: it is not, and never will be.
     pub(crate) fn load(&self) -> bool {
         let shared = &self.shared;
@@ -300,16 +316,20 @@ impl Arrival {
             return false;
         }
         state.phase = Phase::Loaded;
+        shared.lap("restored");
         state.write_down("loaded");
         drop(state);
         shared.say(Step::Loaded, 0, "");
+        shared.lap("loaded");
         let mut state = shared.lock();
         while state.phase == Phase::Loaded {
             state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         let mine = state.phase == Phase::Mine;
         if mine {
+            shared.lap("handed over");
             state.write_down("running");
+            shared.lap("written down");
         }
         mine
     }
@@ -320,6 +340,8 @@ impl Arrival {
         state.runs = true;
         state.downtime = Some(downtime);
         self.shared.say_step(state);
+        self.shared.lap("runs");
+        self.shared.log_laps();
     }
 
     /// It has all of its pages.
@@ -328,11 +350,6 @@ impl Arrival {
         if let Some(source) = self.shared.source.get() {
             source.has_all();
         }
-        self.complete();
-    }
-
-    /// It needs no more pages.
-    fn complete(&self) {
         let mut state = self.shared.lock();
         state.has_all = true;
         if state.phase == Phase::Mine {
@@ -358,7 +375,11 @@ impl Arrival {
 
     /// At the end: the source is told that it is no longer needed, and that is waited for, for a short time.
     pub(crate) fn finish(&self) {
-        self.complete();
+        let mut state = self.shared.lock();
+        state.ends = true;
+        if state.phase == Phase::Mine {
+            self.shared.say_step(state);
+        }
         let deadline = Instant::now() + KEEP_ALIVE;
         let mut state = self.shared.lock();
         while state.phase == Phase::Mine && !state.done {
@@ -478,6 +499,20 @@ impl Shared {
         {
             tracing::debug!(%error, %step, "not heard by the source");
         }
+    }
+
+    fn lap(&self, name: &'static str) {
+        let mut laps = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
+        laps.push((name, Instant::now()));
+    }
+
+    /// Where the time went while the guest stood still, in microseconds from one to the next.
+    fn log_laps(&self) {
+        let laps = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
+        let between = laps
+            .windows(2)
+            .map(|two| (two[1].0, (two[1].1 - two[0].1).as_micros()));
+        tracing::info!(laps = ?between.collect::<Vec<_>>(), "took over");
     }
 
     fn say_step(&self, state: MutexGuard<'_, State>) {
@@ -623,6 +658,8 @@ impl Shared {
                 state.phase = Phase::Loading;
                 state.bytes = Some(bytes.to_vec());
                 drop(state);
+                self.callers.begin();
+                self.lap("state");
                 self.changed.notify_all();
                 let _ = self.wake.write(1);
             }

@@ -77,6 +77,8 @@ impl Dialer {
 #[derive(Debug)]
 pub(super) enum Heard {
     Step(Step, u32, String),
+    /// It has done all that it was told before [`Conversation::ask_for_sign`] with this number.
+    Sign(u64),
     Goodbye(String),
 }
 
@@ -110,6 +112,11 @@ impl Conversation {
         self.say(&Message::Handover(Handover { step, value: 0, text }))
     }
 
+    /// Has the destination answer with a sign of this number, which is not 0.
+    pub(super) fn ask_for_sign(&mut self, number: u64) -> Result<(), ChannelError> {
+        self.say(&Message::Ping { token: number })
+    }
+
     /// What comes within `patience`. An error where nothing at all came for too long.
     pub(super) fn hear(&mut self, patience: Duration) -> Result<Option<Heard>, ChannelError> {
         let deadline = Instant::now() + patience;
@@ -126,6 +133,7 @@ impl Conversation {
                     }
                     Message::Goodbye(goodbye) => return Ok(Some(Heard::Goodbye(goodbye.text.to_owned()))),
                     Message::Ping { token } => pong = Some(token),
+                    Message::Pong { token } if token != 0 => return Ok(Some(Heard::Sign(token))),
                     _ => {}
                 }
             }

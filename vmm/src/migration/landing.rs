@@ -114,13 +114,10 @@ impl Landing {
             self.note(pages, Arrival::Pushed);
             return Ok(());
         }
-        let mut rest = pages;
-        while let Some(run) = self.region.next_populated(rest).map_err(LandingError::Memory)? {
-            self.region.discard(run).map_err(LandingError::Memory)?;
-            rest = rest.from(run.end());
-            if rest.count == 0 {
-                break;
-            }
+        if let Some(first) = self.region.first_populated(pages).map_err(LandingError::Memory)? {
+            self.region
+                .discard(pages.from(first))
+                .map_err(LandingError::Memory)?;
         }
         self.note(pages, Arrival::Zero);
         Ok(())

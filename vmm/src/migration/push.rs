@@ -47,9 +47,13 @@ impl From<ChannelError> for PushError {
     }
 }
 
+/// What is done before pages are read.
+type BeforeRead = Box<dyn Fn(PageRange) -> Result<(), String> + Send + Sync>;
+
 /// What the channels of a migration share.
 pub(super) struct Push {
     ram: SharedRam,
+    before_read: BeforeRead,
     /// Of each page, the checksum that was sent last.
     sent: Vec<AtomicU64>,
     plan: Mutex<Plan>,
@@ -85,10 +89,11 @@ enum Work {
 }
 
 impl Push {
-    pub(super) fn new(ram: SharedRam, channels: usize) -> Self {
+    pub(super) fn new(ram: SharedRam, channels: usize, before_read: BeforeRead) -> Self {
         let pages = ram.pages();
         Self {
             ram,
+            before_read,
             sent: (0..pages).map(|_| AtomicU64::new(NEVER)).collect(),
             plan: Mutex::new(Plan {
                 round: 0,
@@ -110,16 +115,25 @@ impl Push {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a round.
-    pub(super) fn begin_round(&self, todo: PageBitmap) {
+    /// The other side has forgotten pages: they are sent again, whatever is in them.
+    pub(super) fn forget(&self, pages: PageRange) {
+        for page in pages.pages() {
+            self.sent[page.0 as usize].store(NEVER, Relaxed);
+        }
+    }
+
+    /// Begins a round, and answers its number.
+    pub(super) fn begin_round(&self, todo: PageBitmap) -> u64 {
         let mut plan = self.lock();
         plan.round += 1;
+        let round = plan.round;
         plan.todo = Some(todo);
         plan.next = PageIndex(0);
         plan.finished = 0;
         self.dealt.store(0, Relaxed);
         drop(plan);
         self.changed.notify_all();
+        round
     }
 
     /// Waits for the end of the round, or for `patience`. True: it has ended.
@@ -273,9 +287,11 @@ impl Channel<'_> {
 
     fn send_run(&mut self, run: PageRange, epoch: Epoch) -> Result<(), PushError> {
         let ram = SharedRam::clone(&self.push.ram);
+        // What changes in them between this and being read is sent, and told of again.
+        (self.push.before_read)(run).map_err(PushError::Memory)?;
         let mut rest = run;
         while rest.count > 0 {
-            let data = ram.next_data(rest).map_err(PushError::Memory)?;
+            let data = ram.next_few(rest).map_err(PushError::Memory)?;
             let zero = rest.clamp_to(data.map_or(rest.end(), |data| data.start));
             self.send_zero(zero, epoch)?;
             for step in data.into_iter().flat_map(steps) {

@@ -7,11 +7,20 @@ use umem::image::{Wait, checksum};
 use umem::server::{Provider, Unreadable};
 use umem::source::Content;
 use umem::states::PageState;
-use umem::units::{PAGE_SIZE, PageRange};
+use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 use umem::wire::FailCode;
+use vm_memory::GuestAddress;
 
 use super::MigrationError;
-use crate::snapshot::{Beside, Memory};
+use crate::dirty::PageBitmap;
+use crate::kvm::pages_at_hand;
+use crate::snapshot::{Beside, Memory, SnapshotState};
+
+/// A few pages: 256 KiB.
+const FEW: u64 = 64;
+
+/// As many pages as are looked at for being alike at a time: 256 MiB.
+const MANY: u64 = 1 << 16;
 
 /// RAM, to be read.
 pub(super) struct LeavingRam {
@@ -28,7 +37,7 @@ impl std::fmt::Debug for LeavingRam {
 
 /// Whether a page is in this process' memory. One that is on its way may be: it is installed, and then `Present`, and the guest may have
 /// written to it in between.
-fn is_here(memory: &Memory, page: umem::units::PageIndex) -> Result<bool, String> {
+fn is_here(memory: &Memory, page: PageIndex) -> Result<bool, String> {
     match memory.states.get(page) {
         PageState::Present | PageState::Removed => Ok(true),
         PageState::InFlight => memory.region.holds(page).map_err(|error| error.to_string()),
@@ -53,6 +62,10 @@ impl LeavingRam {
 
     /// The first pages of `within` that are all here or all absent, and which of it.
     fn alike(&self, within: PageRange) -> Result<(PageRange, bool), String> {
+        if self.memory.states.all_settled() {
+            return Ok((within, true));
+        }
+        let within = within.clamp_to(within.start.advance(MANY));
         let here = is_here(&self.memory, within.start)?;
         let mut run = PageRange::new(within.start, 1);
         while run.end() < within.end() && is_here(&self.memory, run.end())? == here {
@@ -79,6 +92,28 @@ impl LeavingRam {
             let found = if here {
                 let populated = self.memory.region.next_populated(run);
                 populated.map_err(|error| error.to_string())?
+            } else {
+                let data = self.beside()?.next_data(run);
+                data.map_err(|error| umem::causes::chain(&error))?
+            };
+            if let Some(found) = found {
+                return Ok(Some(found.from(run.start).clamp_to(run.end())));
+            }
+            rest = rest.from(run.end());
+        }
+        Ok(None)
+    }
+
+    /// The first pages in `within`, of a few, that may hold something: what is before them is zero. Some of them may be zero too.
+    pub(super) fn next_few(&self, within: PageRange) -> Result<Option<PageRange>, String> {
+        let mut rest = within;
+        while rest.count > 0 {
+            let (run, here) = self.alike(rest)?;
+            let found = if here {
+                // Not to the end of what is there, which may be all of RAM: for each few pages that would be looked for anew.
+                let first = self.memory.region.first_populated(run);
+                let first = first.map_err(|error| error.to_string())?;
+                first.map(|first| PageRange::new(first, FEW - first.0 % FEW))
             } else {
                 let data = self.beside()?.next_data(run);
                 data.map_err(|error| umem::causes::chain(&error))?
@@ -146,6 +181,29 @@ impl LeavingRam {
 
     pub(super) fn pages(&self) -> u64 {
         self.memory.states.pages()
+    }
+
+    /// The pages that the vCPUs need to go on from `state`, of those that are here.
+    pub(super) fn at_hand(&self, state: &SnapshotState) -> PageBitmap {
+        let mut pages = PageBitmap::new(self.pages());
+        let Ok(map) = state.ram() else { return pages };
+        let page_at = |address| map.offset_of(GuestAddress(address)).map(PageIndex::containing);
+        let table = |address| {
+            let page = page_at(address).filter(|page| is_here(&self.memory, *page) == Ok(true))?;
+            let mut content = [0; PAGE_SIZE];
+            self.read_memory(PageRange::single(page), &mut content).ok()?;
+            let (entries, _) = content.as_chunks::<8>();
+            let entries: Vec<u64> = entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
+            entries.into_boxed_slice().try_into().ok()
+        };
+        for vcpu in state.vcpus() {
+            for page in pages_at_hand(vcpu, table).into_iter().filter_map(page_at) {
+                if is_here(&self.memory, page) == Ok(true) {
+                    pages.insert(page);
+                }
+            }
+        }
+        pages
     }
 }
 

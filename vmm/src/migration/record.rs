@@ -1,11 +1,17 @@
 //! Whose a VM is, on disk: what each side of a migration has reached, by the session's token. It decides nothing by itself, because
 //! a process that is gone does not run a VM. It is for who has to decide, after one of them is gone.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::json;
+
+/// What is written is filled up with spaces to this length, so that each text takes the place of the one before in one write: a guest
+/// stands still meanwhile, and to replace a file takes some file systems a hundred times as long.
+const LENGTH: usize = 256;
 
 /// A file that always says one thing, whole.
 #[derive(Debug)]
@@ -13,12 +19,19 @@ pub(super) struct Record {
     path: Option<PathBuf>,
     token: String,
     side: &'static str,
+    /// Once it is there.
+    file: Mutex<Option<File>>,
 }
 
 impl Record {
     /// At `path`, if it is to be written.
     pub(super) fn new(path: Option<PathBuf>, token: String, side: &'static str) -> Self {
-        Self { path, token, side }
+        Self {
+            path,
+            token,
+            side,
+            file: Mutex::new(None),
+        }
     }
 
     /// Where it is.
@@ -32,10 +45,19 @@ impl Record {
         let Some(path) = &self.path else { return Ok(()) };
         let text =
             json!({ "token": self.token, "side": self.side, "phase": phase, "pid": std::process::id() });
+        let line = format!("{:<width$}\n", text.to_string(), width = LENGTH - 1);
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &*file {
+            return file.write_all_at(line.as_bytes(), 0);
+        }
+        // The one of a session before is replaced when there is a whole new one.
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
-        fs::write(&new, format!("{text}\n"))?;
-        fs::rename(&new, path)
+        let created = File::create(&new)?;
+        created.write_all_at(line.as_bytes(), 0)?;
+        fs::rename(&new, path)?;
+        *file = Some(created);
+        Ok(())
     }
 
     /// Takes it away: there is nothing to be decided any more.
@@ -43,5 +65,27 @@ impl Record {
         if let Some(path) = &self.path {
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_says_one_thing_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        fs::write(&path, "of another session\n".repeat(100)).unwrap();
+        let record = Record::new(Some(path.clone()), "0123".repeat(8), "destination");
+        for phase in ["arriving", "loaded", "running", "x"] {
+            record.write(phase).unwrap();
+            let text = fs::read_to_string(&path).unwrap();
+            assert_eq!(text.len(), LENGTH);
+            let said: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(said["phase"], phase);
+        }
+        record.remove();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

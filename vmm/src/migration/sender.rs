@@ -47,8 +47,11 @@ const TICK: Duration = Duration::from_millis(50);
 /// The most rounds of a hybrid migration: each halves what is left, or is the last.
 const HYBRID_ROUNDS: u32 = 16;
 
-/// What changed since, and is told before the guest stands still, so many times: each time less is left to be told then.
-const EARLY_DISCARDS: u32 = 2;
+/// How often what has changed meanwhile is told before the guest stands still: each time less is left to be told then.
+const EARLY_DISCARDS: u32 = 8;
+
+/// So few pages are told of while the guest stands still.
+const LATE_DISCARDS: u64 = 64;
 
 /// Sends a VM that runs, and returns when it is not needed here any more. After an error it runs here.
 pub(crate) fn send(
@@ -112,8 +115,10 @@ struct Session {
     unit: u64,
     tracker: Option<DirtyTracker>,
     rounds: u32,
-    /// Pages that are missing at the destination when it begins to run.
-    missing: u64,
+    /// Pages that the destination has been told not to have, or never had.
+    discarded: PageBitmap,
+    /// The latest sign that the destination was asked for, and the latest that it gave.
+    signs: (u64, u64),
     /// Since when the guest stands still.
     paused: Option<Instant>,
 }
@@ -164,6 +169,19 @@ impl Session {
         ongoing.update(|status| status.token.clone_from(&token));
         let connections = options.connections.clamp(1, MAX_CONNECTIONS);
         let server = Server::new(std::collections::HashMap::new()).map_err(MigrationError::Os)?;
+        let tracked = options.mode != Mode::Postcopy;
+        let of = Arc::clone(parts);
+        let before_read = move |pages| {
+            if tracked {
+                let forgotten = of.forget_changes(pages);
+                return forgotten.map_err(|error| umem::causes::chain(&error));
+            }
+            Ok(())
+        };
+        let discarded = match options.mode {
+            Mode::Postcopy => PageBitmap::all(ram.pages()),
+            Mode::Precopy | Mode::Hybrid => PageBitmap::new(ram.pages()),
+        };
         Ok(Self {
             control: control.clone(),
             parts: Arc::clone(parts),
@@ -172,14 +190,15 @@ impl Session {
             dialer: Arc::new(dialer),
             conversation: Conversation::new(opened),
             record: Record::new(options.record.clone(), token, "source"),
-            push: Arc::new(Push::new(Arc::clone(&ram), connections)),
+            push: Arc::new(Push::new(Arc::clone(&ram), connections, Box::new(before_read))),
             server,
             ram,
             connections,
             unit: 1,
             tracker: None,
             rounds: 0,
-            missing: 0,
+            discarded,
+            signs: (0, 0),
             paused: None,
         })
     }
@@ -278,8 +297,28 @@ impl Session {
                 })
             }
             Ok(Some(Heard::Step(step, value, _))) => Ok(Some((step, value))),
+            Ok(Some(Heard::Sign(number))) => {
+                self.signs.1 = number;
+                Ok(None)
+            }
             Err(error) => Err(self.lost(error)),
         }
+    }
+
+    /// Waits until the destination has done what it was told.
+    fn settle(&mut self) -> Result<(), MigrationError> {
+        self.signs.0 += 1;
+        let asked = self.conversation.ask_for_sign(self.signs.0);
+        asked.map_err(|error| self.lost(error))?;
+        let deadline = Instant::now() + PATIENCE;
+        while self.signs.1 < self.signs.0 {
+            self.listen(TICK)?;
+            self.check()?;
+            if Instant::now() >= deadline {
+                return Err(MigrationError::Silent(self.dialer.destination()));
+            }
+        }
+        Ok(())
     }
 
     fn run(mut self) -> Result<MigrationSummary, MigrationError> {
@@ -311,6 +350,8 @@ impl Session {
 
     fn move_out(&mut self) -> Result<MigrationSummary, MigrationError> {
         self.prepare()?;
+        // Not while the guest stands still.
+        self.parts.state_list()?;
         self.record
             .write("sending")
             .map_err(|source| self.unwritable(source))?;
@@ -350,6 +391,15 @@ impl Session {
         Ok(changed.in_units(self.unit))
     }
 
+    /// What has changed and not been read since.
+    fn look_at_changes(&mut self) -> Result<PageBitmap, MigrationError> {
+        let changed = match &mut self.tracker {
+            Some(tracker) => self.parts.look_at_changes(tracker)?,
+            None => PageBitmap::new(self.ram.pages()),
+        };
+        Ok(changed.in_units(self.unit))
+    }
+
     /// Sends RAM until that pays no more. The answer is what has changed since.
     fn precopy(&mut self) -> Result<PageBitmap, MigrationError> {
         self.ongoing.update(|status| status.phase = Phase::Precopy);
@@ -359,7 +409,7 @@ impl Session {
         let mut todo = PageBitmap::all(self.ram.pages());
         loop {
             let (sent, took, unsent) = self.round(todo)?;
-            let mut changed = self.take_changes()?;
+            let mut changed = self.look_at_changes()?;
             changed.merge(&unsent);
             let left = changed.count() * PAGE_SIZE as u64;
             let bandwidth = (sent as f64 / took.as_secs_f64()).max(1.0);
@@ -395,11 +445,15 @@ impl Session {
     /// Sends pages, and waits until they have arrived. The answer is how many bytes that were, how long it took, and what was not sent
     /// because time is over: what a hybrid migration sends after the switch.
     fn round(&mut self, todo: PageBitmap) -> Result<(u64, Duration, PageBitmap), MigrationError> {
-        let (began, before) = (Instant::now(), self.push.bytes.load(Relaxed));
         self.rounds += 1;
+        self.send(todo)
+    }
+
+    fn send(&mut self, todo: PageBitmap) -> Result<(u64, Duration, PageBitmap), MigrationError> {
+        let (began, before) = (Instant::now(), self.push.bytes.load(Relaxed));
         let (round, pages) = (self.rounds, todo.count());
-        self.dialer.epoch.store(round.into(), Relaxed);
-        self.push.begin_round(todo);
+        let epoch = self.push.begin_round(todo);
+        self.dialer.epoch.store(epoch, Relaxed);
         let mut unsent = None;
         loop {
             let ended = self
@@ -451,14 +505,18 @@ impl Session {
 
     /// The guest stands still, its state is sent, and the destination is about to run it.
     fn switch(&mut self, mut changed: Option<PageBitmap>) -> Result<(), MigrationError> {
-        let rest_is_sent = self.options.mode == Mode::Precopy;
-        if !rest_is_sent {
-            self.push.last();
+        if self.options.mode == Mode::Hybrid {
             for _ in 0..EARLY_DISCARDS {
-                if let Some(pages) = changed.take() {
-                    self.discard(&pages)?;
-                    changed = Some(self.take_changes()?);
+                let Some(pages) = &mut changed else { break };
+                pages.subtract(&self.discarded);
+                if pages.count() <= LATE_DISCARDS {
+                    break;
                 }
+                let pages = std::mem::replace(pages, PageBitmap::new(self.ram.pages()));
+                self.discard(&pages)?;
+                // So that it has not all of them to do when the guest stands still.
+                self.settle()?;
+                changed = Some(self.take_changes()?);
             }
         }
         self.check()?;
@@ -469,17 +527,20 @@ impl Session {
         let state = self.save_state()?;
         clock.lap("save");
         // After the state was read, for which KVM may have written to RAM.
-        if let Some(mut pages) = changed {
-            pages.merge(&self.take_changes()?);
-            if rest_is_sent {
-                self.round(pages)?;
-                self.push.last();
-            } else {
-                self.discard(&pages)?;
+        let rest = match changed {
+            Some(mut pages) => {
+                pages.merge(&self.take_changes()?);
+                if self.options.mode == Mode::Precopy {
+                    self.rounds += 1;
+                    pages
+                } else {
+                    self.discard_rest(pages, &state)?
+                }
             }
-        } else {
-            self.missing = self.ram.pages();
-        }
+            None => self.discard_rest(PageBitmap::new(self.ram.pages()), &state)?,
+        };
+        self.send(rest)?;
+        self.push.last();
         clock.lap("rest of RAM");
         let bytes = state.encode()?;
         clock.lap("encode");
@@ -522,9 +583,25 @@ impl Session {
         Ok(self.parts.save_state(PAUSE_PATIENCE)?)
     }
 
+    /// Tells the destination that it has no right content of those of `pages` that the guest does not need at once. Those that it does
+    /// are the answer, and to be sent with its state: the destination would ask for one after the other.
+    fn discard_rest(
+        &mut self,
+        mut pages: PageBitmap,
+        state: &SnapshotState,
+    ) -> Result<PageBitmap, MigrationError> {
+        let at_hand = self.ram.at_hand(state).in_units(self.unit);
+        pages.subtract(&self.discarded);
+        pages.subtract(&at_hand);
+        self.discard(&pages)?;
+        self.discarded.subtract(&at_hand);
+        Ok(at_hand)
+    }
+
     /// Tells the destination that it has no right content of `pages`.
     fn discard(&mut self, pages: &PageBitmap) -> Result<(), MigrationError> {
-        self.missing += pages.count();
+        self.discarded.merge(pages);
+        pages.runs().for_each(|run| self.push.forget(run));
         let epoch = Epoch(u64::from(self.rounds) + 1);
         let pieces = pages.runs().flat_map(|run| {
             let starts = (run.start.0..run.end().0).step_by(MAX_RANGE_PAGES as usize);
@@ -545,6 +622,7 @@ impl Session {
     fn serve(&mut self) -> Result<Duration, MigrationError> {
         let mut pause = BACKOFF.0;
         let mut downtime = None;
+        let missing = self.discarded.count();
         let mut said = self.conversation.step(Step::Commit, "");
         loop {
             let heard = said.and_then(|()| self.conversation.hear(TICK));
@@ -575,7 +653,7 @@ impl Session {
                 Ok(Some(Heard::Step(Step::Loaded, ..))) => {
                     said = self.conversation.step(Step::Commit, "");
                 }
-                Ok(None | Some(Heard::Step(..))) => {}
+                Ok(None | Some(Heard::Step(..) | Heard::Sign(_))) => {}
                 Ok(Some(Heard::Goodbye(_))) | Err(_) => {
                     thread::sleep(pause);
                     pause = (pause * 2).min(BACKOFF.1);
@@ -603,7 +681,7 @@ impl Session {
                 return Err(MigrationError::Ended);
             }
             let served = self.server.stats();
-            let left = self.missing.saturating_sub(served.pages) * PAGE_SIZE as u64;
+            let left = missing.saturating_sub(served.pages) * PAGE_SIZE as u64;
             self.ongoing.update(|status| {
                 status.bytes_sent = self.push.bytes.load(Relaxed) + served.bytes;
                 status.bytes_left = left;
