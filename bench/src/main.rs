@@ -170,7 +170,7 @@ fn run(options: CommandLine) -> Result<()> {
             "demand" => tables.push(demand::compare(&bench, quick_or(32 << 20, 256 << 20))?),
             "growth-ram" => tables.push(growth::by_ram(&bench, quick_or(256 << 20, 64 << 30))?),
             "growth-dirty" => {
-                tables.push(migration::by_dirty_rate(&bench, quick_or(64 << 20, 1 << 30)));
+                tables.push(migration::by_dirty_rate(&bench, quick_or(64 << 20, 256 << 20)));
             }
             "growth-vms" => tables.push(growth::by_vms(&bench, quick_or(4, 64))?),
             _ => tables.push(growth::by_ranges(&bench, quick_or(4096, 1 << 20))?),

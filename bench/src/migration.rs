@@ -326,7 +326,8 @@ fn migrate_umem(bench: &Bench, mode: &str, ram: u64, load: Load) -> Result<Moved
     let mut source = bench.umem.start([
         "run",
         "--memory",
-        &format!("size={ram}"),
+        // Nothing is in it: it is ordinary memory from the beginning.
+        &format!("size={ram},fill=sequential"),
         "--cmdline",
         &load.command_line(ram),
         "--api-socket",

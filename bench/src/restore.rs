@@ -153,7 +153,7 @@ impl Saved {
         let vm = bench.umem.start([
             "run",
             "--memory",
-            &format!("size={}", self.ram),
+            &format!("size={},fill=sequential", self.ram),
             "--cmdline",
             &self.command_line,
             "--api-socket",
