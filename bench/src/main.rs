@@ -163,24 +163,25 @@ fn run(options: CommandLine) -> Result<()> {
         if !options.parts.is_empty() && !options.parts.iter().any(|wanted| wanted == part) {
             continue;
         }
-        match part {
-            "limits" => tables.extend(limits(&bench)?),
-            "migration" => tables.push(migration::compare(&bench, &migration_sizes)),
-            "restore" => tables.push(restore::compare(&bench, &restore_sizes)),
-            "demand" => tables.push(demand::compare(&bench, quick_or(32 << 20, 256 << 20))?),
-            "growth-ram" => tables.push(growth::by_ram(&bench, quick_or(256 << 20, 64 << 30))?),
+        let measured = match part {
+            "limits" => limits(&bench)?,
+            "migration" => vec![migration::compare(&bench, &migration_sizes)],
+            "restore" => vec![restore::compare(&bench, &restore_sizes)],
+            "demand" => vec![demand::compare(&bench, quick_or(32 << 20, 256 << 20))?],
+            "growth-ram" => vec![growth::by_ram(&bench, quick_or(256 << 20, 64 << 30))?],
             "growth-dirty" => {
-                tables.push(migration::by_dirty_rate(&bench, quick_or(64 << 20, 256 << 20)));
+                vec![migration::by_dirty_rate(&bench, quick_or(64 << 20, 256 << 20))]
             }
-            "growth-vms" => tables.push(growth::by_vms(&bench, quick_or(4, 64))?),
-            _ => tables.push(growth::by_ranges(&bench, quick_or(4096, 1 << 20))?),
+            "growth-vms" => vec![growth::by_vms(&bench, quick_or(4, 64))?],
+            _ => vec![growth::by_ranges(&bench, quick_or(4096, 1 << 20))?],
+        };
+        // Of a run that does not come to its end, what was measured is left.
+        results::write(&bench.out, &in_words, &measured)?;
+        tables.extend(measured);
+        results::write_samples(&bench.out, &about, &tables)?;
+        if let Some(document) = &options.document {
+            results::update(document, &bench.out)?;
         }
-    }
-    let about_file = bench.out.join("about.md");
-    std::fs::write(&about_file, in_words).context("the results")?;
-    results::write(&bench.out, &about, &tables)?;
-    if let Some(document) = &options.document {
-        results::update(document, &bench.out)?;
     }
     let failures: usize = tables
         .iter()

@@ -144,10 +144,10 @@ impl Picture {
     }
 }
 
-/// Writes all of it into `out`.
-pub(crate) fn write(out: &Path, about: &Value, tables: &[Table]) -> Result<()> {
+/// Writes tables and plots into `out`, each table with what there is to say `about` it.
+pub(crate) fn write(out: &Path, about: &str, tables: &[Table]) -> Result<()> {
     for table in tables {
-        let text = table.markdown();
+        let text = format!("{}\n{about}", table.markdown());
         println!("\n{}\n\n{text}", table.name);
         put(&out.join(format!("{}.md", table.name)), &text)?;
         for picture in PICTURES.iter().filter(|picture| picture.table == table.name) {
@@ -157,6 +157,11 @@ pub(crate) fn write(out: &Path, about: &Value, tables: &[Table]) -> Result<()> {
             )?;
         }
     }
+    Ok(())
+}
+
+/// Writes every sample into `out`.
+pub(crate) fn write_samples(out: &Path, about: &Value, tables: &[Table]) -> Result<()> {
     put(
         &out.join("results.json"),
         &format!("{:#}\n", json!({ "about": about, "tables": tables })),

@@ -165,6 +165,59 @@ fn to_and_fro() {
     assert_one_guest(&outputs);
 }
 
+/// Half of its memory is written to as fast as can be, while it moves over and over again: 32 MiB a few times, or, where
+/// `UMEM_TEST_ROUNDS` says how often in each mode, 512 MiB. What the guest saw of it is shown beside what the program says.
+#[test]
+fn at_full_speed() {
+    need!(tests::host::kvm());
+    let times = tests::random::number("UMEM_TEST_ROUNDS");
+    let (memory, pages) = if times.is_some() { ("1G", 131_072) } else { ("64M", 8192) };
+    let scratch = Scratch::new();
+    for mode in MODES {
+        for cpus in [1, 2] {
+            // Nothing is in its memory in the beginning.
+            let vm = Vm::with_memory(memory).memory("fill=sequential").cpus(cpus);
+            let mut instance = Instance::dirty(vm, pages, "forever");
+            let mut outputs = Vec::new();
+            let mut figures: [Vec<f64>; 3] = Default::default();
+            for _ in 0..times.unwrap_or(2) {
+                let next = Instance::waiting(&listen(&scratch, "tcp", ""));
+                let options = format!(",memory_mode={mode},timeout_s=20,wait=on");
+                instance.send(&next.url, &options).finish().assert_code(0);
+                let left = instance.finish();
+                assert_migrated(&left, mode);
+                outputs.push(guest_output(&left.stdout));
+                // Those of pages that came after the switch are in it.
+                next.wait_until("all of it is there", |next| next.phase() == "complete");
+                next.wait_for_progress();
+                let report = left.report();
+                figures[0].push(worst_gap_us(&next.guest_output()) / 1e3);
+                figures[1].push(report.number("/migration/downtime_ms"));
+                figures[2].push(report.number("/migration/total_ms"));
+                instance = next;
+            }
+            outputs.push(guest_output(&instance.stop().stdout));
+            assert_one_guest(&outputs);
+            let [gap, downtime, total] = figures.map(|mut figures| {
+                figures.sort_by(f64::total_cmp);
+                let at = |part: f64| figures[((figures.len() - 1) as f64 * part) as usize];
+                format!("{:.1} ({:.1}-{:.1})", at(0.5), at(0.0), at(1.0))
+            });
+            println!(
+                "{mode}, vcpus={cpus}, memory={memory}: moves={} worst_gap_ms={gap} downtime_ms={downtime} total_ms={total}",
+                times.unwrap_or(2)
+            );
+        }
+    }
+}
+
+/// The longest time between two touches of the guest, of whole lines.
+fn worst_gap_us(output: &str) -> f64 {
+    let words = output.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let gaps = words.filter_map(|line| line.split_once("worst_gap_us=")?.1.split(' ').next()?.parse().ok());
+    gaps.fold(0.0, f64::max)
+}
+
 /// A VM that is still arriving is not sent on, or only when it has all pages.
 #[test]
 fn a_vm_that_is_still_arriving() {
