@@ -4,8 +4,6 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::JoinHandle;
 
 use linux_raw_sys::general as sys;
@@ -14,7 +12,7 @@ use linux_raw_sys::ioctl::{UFFDIO_CONTINUE, UFFDIO_COPY};
 use super::MeasureError;
 use crate::region::{Backing, PageSize, Region};
 use crate::uffd::Userfaultfd;
-use crate::units::{PAGE_SIZE, PageIndex, PageRange};
+use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
 
 /// How faults are answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +31,6 @@ static CONTENT: Content = Content([0x5a; PAGE_SIZE]);
 /// A region whose faults the loop answers. Dropping it ends the loop.
 pub struct Floor {
     region: Region,
-    /// The next fault that is answered is the last one.
-    stopping: Arc<AtomicBool>,
     handler: Option<JoinHandle<()>>,
 }
 
@@ -54,14 +50,10 @@ impl Floor {
         let uffd = Userfaultfd::open(features)?;
         uffd.register(region.all_addresses(), mode)
             .map_err(MeasureError::os("UFFDIO_REGISTER"))?;
-        let stopping = Arc::new(AtomicBool::new(false));
-        let handler = {
-            let stopping = Arc::clone(&stopping);
-            std::thread::spawn(move || serve(&uffd, answer, &stopping))
-        };
+        let last = last_page(&region);
+        let handler = std::thread::spawn(move || serve(&uffd, answer, last));
         Ok(Self {
             region,
-            stopping,
             handler: Some(handler),
         })
     }
@@ -74,9 +66,7 @@ impl Floor {
 
 impl Drop for Floor {
     fn drop(&mut self) {
-        self.stopping.store(true, SeqCst);
-        let last = PageRange::single(PageIndex(self.region.pages() - 1));
-        let address = self.region.addresses(last).start.0 as *const u8;
+        let address = last_page(&self.region).0 as *const u8;
         // SAFETY: within the region.
         unsafe { address.read_volatile() };
         if let Some(handler) = self.handler.take() {
@@ -86,9 +76,16 @@ impl Drop for Floor {
     }
 }
 
-fn serve(uffd: &Userfaultfd, answer: Answer, stopping: &AtomicBool) {
+/// Where the page is whose fault ends the loop.
+pub fn last_page(region: &Region) -> HostAddress {
+    let last = PageRange::single(PageIndex(region.pages() - 1));
+    region.addresses(last).start
+}
+
+/// Answers faults up to that on the page at `last`.
+pub fn serve(uffd: &Userfaultfd, answer: Answer, last: HostAddress) {
     let fd = uffd.as_fd().as_raw_fd();
-    while !stopping.load(SeqCst) {
+    loop {
         let mut ready = libc::pollfd {
             fd,
             events: libc::POLLIN,
@@ -130,5 +127,8 @@ fn serve(uffd: &Userfaultfd, answer: Answer, stopping: &AtomicBool) {
             }
         };
         assert_eq!(result, 0, "{answer:?}: {}", io::Error::last_os_error());
+        if address == last.0 {
+            return;
+        }
     }
 }

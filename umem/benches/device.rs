@@ -1,5 +1,5 @@
 //! A fault by way of a device, in nanoseconds until the thread that touched the page goes on, against the least that answers a
-//! fault (`floor.rs`), of which a slice is measured beside each slice of the device's.
+//! fault (`umem::measure::floor`), of which a slice is measured beside each slice of the device's.
 //!
 //! ```text
 //! cargo bench -p umem --bench device
@@ -24,13 +24,10 @@ use rustix::net::{
 };
 use rustix::thread::CpuSet;
 use umem::device::{Device, DeviceOptions, Mapping, Server, Serving};
+use umem::measure::floor::{self, Answer, Floor};
 use umem::region::{Backing, PageSize, Region};
 use umem::uffd::Userfaultfd;
 use umem::units::{HostAddress, PAGE_SIZE, PageIndex};
-
-mod floor;
-
-use floor::Floor;
 
 /// Pages of the memory: 16 MiB, more than a processor's own cache.
 const PAGES: u64 = 4096;
@@ -179,7 +176,7 @@ fn touch_device(server_cpu: usize, toucher_cpu: usize, processes: u32, way: Way)
 fn touch_floor(server_cpu: usize, toucher_cpu: usize, processes: u32) -> Vec<u64> {
     run_on(server_cpu);
     if processes == 1 {
-        let floor = Floor::start(PAGES, Backing::Anonymous);
+        let floor = Floor::start(PAGES, Backing::Anonymous, Answer::Copy).expect("a floor");
         run_on(toucher_cpu);
         return touch_all(floor.region().start(), PAGES);
     }
@@ -248,7 +245,7 @@ fn serve_by_socket() {
         })
         .expect("a userfaultfd");
     let uffd = Userfaultfd::from_descriptor(uffd);
-    floor::serve(&uffd, HostAddress(u64::from_ne_bytes(last)));
+    floor::serve(&uffd, Answer::Copy, HostAddress(u64::from_ne_bytes(last)));
 }
 
 /// Touches every page, in an order without pattern. How long each took, in nanoseconds.
