@@ -46,7 +46,12 @@ unsafe fn open_device(path: *const c_char, flags: c_int) -> Option<c_int> {
         };
         // SAFETY: duplicates a descriptor.
         let fd = unsafe { libc::syscall(libc::SYS_fcntl, device.descriptor()?, duplicate, 0) } as c_int;
-        if fd < 0 || !table::set(fd, Some(device)) {
+        if fd < 0 {
+            return Err(libc::EMFILE);
+        }
+        if !table::set(fd, Some(device)) {
+            // SAFETY: the descriptor made above, of which nobody knows.
+            unsafe { libc::syscall(libc::SYS_close, fd) };
             return Err(libc::EMFILE);
         }
         Ok(fd)

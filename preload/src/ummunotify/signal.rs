@@ -9,6 +9,8 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 
 /// The thread; it ends with this.
 pub(crate) struct Signals {
+    /// The process that has the thread: a child made by fork has the descriptors and not the thread, and ends nothing.
+    owner: u32,
     stop: OwnedFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -36,6 +38,7 @@ impl Signals {
             .name("ummunotify-sigio".to_owned())
             .spawn(move || wait(either.as_fd(), fd))?;
         Ok(Self {
+            owner: std::process::id(),
             stop,
             thread: Some(thread),
         })
@@ -44,6 +47,10 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        if self.owner != std::process::id() {
+            std::mem::forget(self.thread.take());
+            return;
+        }
         let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -30,6 +30,9 @@ use crate::ranges::{AddressRange, Cookie};
 /// How long a client may take for its first request.
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Between two attempts at what the system has no room for.
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Requests served in a row, before others are looked at.
 const REQUESTS_IN_A_ROW: usize = 64;
 
@@ -327,7 +330,7 @@ impl Shared {
             match poll(&mut descriptors, (!greeted).then_some(&tick)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 // No memory for the kernel's list: others may give some back.
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => std::thread::sleep(PAUSE),
             }
             let ready: Vec<bool> = descriptors.iter().map(|of| !of.revents().is_empty()).collect();
             for (client, ready) in clients.iter().zip(&ready[2..]) {
@@ -346,6 +349,8 @@ impl Shared {
     fn accept(&self, listener: &UnixListener) {
         // Of many, others may be served in between.
         let Ok((stream, _)) = listener.accept() else {
+            // Out of descriptors, perhaps: whoever waits there is still waiting, and this thread would do nothing else.
+            std::thread::sleep(PAUSE);
             return;
         };
         let admitted = stream.set_nonblocking(true).and_then(|()| {
@@ -577,6 +582,9 @@ impl Peer {
 
     /// Up to `max` events. The beginnings and ends of changes come after all events that belong to them, and last how far it goes.
     fn read(&self, state: &mut State, max: usize) -> Vec<abi::RawEvent> {
+        // Before anything is read: a change moves it and tells of it without this client's state, and what is told below with the number
+        // may be older than that, and never newer.
+        let counter = self.driven.counter().load();
         let read = self.driven.try_read(max).unwrap_or_default();
         let mut events: Vec<abi::RawEvent> = Vec::with_capacity(read.len() + state.changes.len() + 1);
         events.extend(
@@ -588,8 +596,6 @@ impl Peer {
             let room = max.saturating_sub(events.len()).min(state.changes.len());
             events.extend(state.changes.drain(..room));
             if state.changes.is_empty() && events.len() < max {
-                // Nothing moves the counter meanwhile but a change, and that would wait for the state.
-                let counter = self.driven.counter().load();
                 events.push(Event::Last { counter }.into());
             }
         }
