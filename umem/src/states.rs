@@ -377,6 +377,13 @@ impl PageStates {
         self.unsettled.load(Acquire) == 0
     }
 
+    /// The same by a look at each of them.
+    pub fn is_all_settled(&self) -> bool {
+        self.entries
+            .iter()
+            .all(|entry| Entry(entry.load(Acquire)).is_settled())
+    }
+
     /// How many pages are in which state.
     pub fn counts(&self) -> StateCounts {
         let unsettled = self.unsettled.load(Acquire);

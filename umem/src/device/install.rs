@@ -77,7 +77,7 @@ impl Installer {
         self.wake(self.pages);
     }
 
-    fn wake(&self, pages: PageRange) {
+    pub(super) fn wake(&self, pages: PageRange) {
         if let Err(error) = self.uffd.wake(self.addresses(pages)) {
             tracing::debug!(%error, "cannot wake");
         }

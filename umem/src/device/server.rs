@@ -240,10 +240,11 @@ impl Server {
         let since = Instant::now();
         loop {
             if connection.client_is_gone() {
+                // For who asks again.
+                header.release.store(Release::DONE, SeqCst);
                 break;
             }
-            self.parts.states.recount();
-            if !self.parts.states.all_settled() {
+            if !self.parts.states.is_all_settled() {
                 return Err(DeviceError::Incomplete);
             }
             // The client may have refused one that came too early, from another process.
@@ -397,11 +398,18 @@ impl Server {
         let mut rest = pages;
         while let Some((step, arrival)) = parts.claim_next(&mut rest) {
             debug_assert!(step.count <= STEP);
-            match connection
+            let installed = connection
                 .installer
-                .install(&parts.states, step, arrival, way(step))
-                .map_err(DeviceError::Install)?
-            {
+                .install(&parts.states, step, arrival, way(step));
+            let left = installed.map_err(|error| {
+                // Who touches them later asks for them.
+                step.pages().for_each(|page| {
+                    parts.states.cancel(PageRange::single(page));
+                });
+                connection.installer.wake(step);
+                DeviceError::Install(error)
+            })?;
+            match left {
                 Left::Nothing => {}
                 Left::Moved(pages) => {
                     let content = match way(pages) {

@@ -45,6 +45,8 @@ pub(super) struct Shared {
     pub(super) latency: [Histogram; FaultClass::ALL.len()],
     pub(super) duplicate: AtomicU64,
     pub(super) all_present_at: OnceLock<Instant>,
+    /// Everything that is to be served is registered.
+    pub(super) begun: AtomicBool,
     /// The region was unregistered, or the first failure was told: nothing more is to be told.
     pub(super) released: AtomicBool,
     pub(super) failed: AtomicBool,
@@ -185,7 +187,10 @@ impl Shared {
 
     /// When the last page is settled, umem leaves.
     pub(super) fn release_if_settled(&self) {
-        if self.states.all_settled() {
+        let is_time = self.states.all_settled() && self.begun.load(Acquire) && !self.released.load(Acquire);
+        // Counts are told by one process and recounted by another, and can be too small for a moment; a page that is settled stays so,
+        // and what is released by mistake reads zero for ever.
+        if is_time && self.states.is_all_settled() {
             self.release();
         }
     }
