@@ -39,7 +39,7 @@ mod record;
 mod shared;
 mod stripe;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -368,6 +368,7 @@ impl Pager {
             latency: Default::default(),
             duplicate: AtomicU64::new(0),
             all_present_at: OnceLock::new(),
+            begun: AtomicBool::new(!begin.later),
             released: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             closing: AtomicBool::new(false),
@@ -532,7 +533,12 @@ impl PreparedPager {
         let Self(mut pager) = self;
         let shared = &pager.shared;
         if let Some(region) = &shared.region {
-            let populated = region.populated().map_err(StartError::Count)?;
+            let mut populated = region.populated().map_err(StartError::Count)?;
+            if populated > shared.states.arrived_by(Arrival::Pushed) {
+                // Where the kernel has put a large page around what was written, what is beside that has memory and no content.
+                drop_unsettled(region, &shared.states).map_err(StartError::Count)?;
+                populated = region.populated().map_err(StartError::Count)?;
+            }
             let _ = shared.populated_at_start.set(populated);
             for stripe in &shared.stripes {
                 // Not for minor faults: each page that is there would be one.
@@ -541,6 +547,7 @@ impl PreparedPager {
                 registered.map_err(StartError::Register)?;
             }
         }
+        shared.begun.store(true, Release);
         if shared.states.all_settled() {
             // It takes time to make huge pages again, and somebody is waiting for this to return.
             let release = pager.spawn("umem-release".into(), |shared| shared.release())?;
@@ -616,6 +623,21 @@ fn open_stripes(region: &Region, stripes: usize) -> Result<Vec<RegisteredStripe>
             Ok(RegisteredStripe { uffd, pages, start })
         })
         .collect()
+}
+
+/// Gives back the memory of pages that are not settled.
+fn drop_unsettled(region: &Region, states: &PageStates) -> io::Result<()> {
+    let mut rest = states.all();
+    while let Some(start) = rest.pages().find(|page| !states.is_settled(*page)) {
+        rest = rest.from(start);
+        let count = rest.pages().take_while(|page| !states.is_settled(*page)).count() as u64;
+        let run = PageRange::new(start, count);
+        if let Some(first) = region.first_populated(run)? {
+            region.discard(run.from(first))?;
+        }
+        rest = rest.from(run.end());
+    }
+    Ok(())
 }
 
 fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
