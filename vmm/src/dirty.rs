@@ -237,8 +237,8 @@ impl DirtyTracker {
         Ok(std::mem::replace(&mut self.kept, none))
     }
 
-    /// The same as [`Self::take`] of everything, without forgetting it: what has changed is in the next answer too, unless it is
-    /// [forgotten](forget) meanwhile.
+    /// The same, without forgetting what KVM need not forget to tell it: that is in the next answer too, unless it is
+    /// [forgotten](forget) meanwhile. Whoever looks keeps the answer: of the rest it is the only one.
     ///
     /// # Errors
     /// KVM does not tell.
@@ -275,7 +275,7 @@ impl DirtyTracker {
 ///
 /// # Errors
 /// KVM does not forget it.
-pub(crate) fn forget(vm: &Vm, memory: &GuestMemory, pages: PageRange) -> Result<(), VmError> {
+pub fn forget(vm: &Vm, memory: &GuestMemory, pages: PageRange) -> Result<(), VmError> {
     for (slot, all) in memory.ram_slots() {
         let start = pages.start.max(all.start);
         let end = pages.end().min(all.end());

@@ -6,16 +6,22 @@
 //! ```text
 //!    source                                        destination
 //!      | == control =============================== |
-//!      | Machine ---------------------------------> |  makes a VM like it, of which nothing is populated
-//!      | <------------------------------- Prepared  |
+//!      | Machine ---------------------------------> |  makes a VM like it, of which nothing is populated, and a pager whose
+//!      | <------------------------------- Prepared  |  page source is the source
 //!      | == background ============================ |
 //!      | Pages, Zero, round after round ----------> |  writes them to RAM               (precopy, hybrid)
 //!      | Barrier ---------------------------------> |
 //!      | <----------------------------- BarrierAck  |
 //!      | == control =============================== |
 //!      | Discard (changed since) -----------------> |  these pages are absent again             (hybrid)
+//!      | <----------------------------------- Pong  |
 //!      | the guest stands still                     |
-//!      | State -----------------------------------> |  a pager whose page source is the source
+//!      | Discard (the last few) ------------------> |
+//!      | == background ============================ |
+//!      | Pages (the last round; at hand), Barrier > |  writes them to RAM
+//!      | <----------------------------- BarrierAck  |
+//!      | == control =============================== |
+//!      | State -----------------------------------> |  registers RAM, restores vCPUs
 //!      | <--------------------------------- Loaded  |
 //!      | Commit ----------------------------------> |  from here on the machine is the destination's
 //!      | <-------------------------------- Running  |

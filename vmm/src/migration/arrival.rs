@@ -122,6 +122,17 @@ enum Phase {
     Over,
 }
 
+/// What of RAM is still at the source when the machine is this side's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rest {
+    /// Something.
+    Missing,
+    /// Nobody asks for it any more: the machine ends.
+    Unneeded,
+    /// Nothing.
+    Here,
+}
+
 struct State {
     phase: Phase,
     error: Option<ArrivalError>,
@@ -134,9 +145,7 @@ struct State {
     bytes: Option<Vec<u8>>,
     /// The machine says so.
     runs: bool,
-    has_all: bool,
-    /// It ends, and needs no more of them.
-    ends: bool,
+    rest: Rest,
     /// The source knows.
     done: bool,
     downtime: Option<Duration>,
@@ -158,7 +167,7 @@ impl State {
             Phase::Waiting | Phase::Making | Phase::Arriving | Phase::Loading => None,
             Phase::Loaded => Some(Step::Loaded),
             Phase::Mine if !self.runs => None,
-            Phase::Mine if self.has_all || self.ends => Some(Step::Complete),
+            Phase::Mine if self.rest != Rest::Missing => Some(Step::Complete),
             Phase::Mine => Some(Step::Running),
             Phase::Over => Some(Step::Abort),
         }
@@ -181,8 +190,7 @@ impl Arrival {
                 landing: None,
                 bytes: None,
                 runs: false,
-                has_all: false,
-                ends: false,
+                rest: Rest::Missing,
                 done: false,
                 downtime: None,
             }),
@@ -351,7 +359,7 @@ impl Arrival {
             source.has_all();
         }
         let mut state = self.shared.lock();
-        state.has_all = true;
+        state.rest = Rest::Here;
         if state.phase == Phase::Mine {
             self.shared.say_step(state);
         }
@@ -376,7 +384,7 @@ impl Arrival {
     /// At the end: the source is told that it is no longer needed, and that is waited for, for a short time.
     pub(crate) fn finish(&self) {
         let mut state = self.shared.lock();
-        state.ends = true;
+        state.rest = state.rest.max(Rest::Unneeded);
         if state.phase == Phase::Mine {
             self.shared.say_step(state);
         }
@@ -390,11 +398,7 @@ impl Arrival {
             let waited = self.shared.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if state.done {
-            if let Some(record) = &state.record {
-                record.remove();
-            }
-        } else if state.phase == Phase::Mine {
+        if !state.done && state.phase == Phase::Mine {
             // The source may still be in doubt, and nobody else can tell any more that the VM ran.
             state.write_down("ended");
         }
@@ -408,7 +412,7 @@ impl Arrival {
             Phase::Arriving => StatusPhase::Precopy,
             Phase::Loading => StatusPhase::Switching,
             Phase::Loaded => StatusPhase::InDoubt,
-            Phase::Mine if state.has_all => StatusPhase::Complete,
+            Phase::Mine if state.rest == Rest::Here => StatusPhase::Complete,
             Phase::Mine => StatusPhase::Postcopy,
             Phase::Over => StatusPhase::Failed,
         };
@@ -438,7 +442,7 @@ impl Arrival {
         let state = self.shared.lock();
         let counts = state.landing.as_ref()?.states.counts();
         let missing = counts.absent + counts.in_flight;
-        (!state.has_all && missing > 0).then_some(missing)
+        (state.rest != Rest::Here && missing > 0).then_some(missing)
     }
 }
 
@@ -543,7 +547,13 @@ impl Shared {
             let phase = self.lock().phase;
             let over = match heard {
                 Ok(Heard::Goodbye) => {
-                    self.lock().done = true;
+                    let mut state = self.lock();
+                    state.done = true;
+                    // There is nothing left to decide; and when this VM is sent on, its next record is there.
+                    if let Some(record) = state.record.take() {
+                        record.remove();
+                    }
+                    drop(state);
                     self.changed.notify_all();
                     true
                 }
@@ -606,16 +616,17 @@ impl Shared {
                     return Ok(Heard::Enough);
                 }
             }
-            if heard.elapsed() >= PATIENCE {
-                return Err(ArrivalError::Lost(ChannelError::Quiet));
-            }
             if said.elapsed() >= KEEP_ALIVE {
                 said = Instant::now();
                 self.answer(&Message::Ping { token: 0 });
             }
-            receiver
+            let came = receiver
                 .has_more(stream, Duration::from_millis(100))
                 .map_err(ArrivalError::Lost)?;
+            // Only now: what was done meanwhile may have taken long.
+            if !came && heard.elapsed() >= PATIENCE {
+                return Err(ArrivalError::Lost(ChannelError::Quiet));
+            }
         }
     }
 
@@ -657,7 +668,11 @@ impl Shared {
                 }
                 state.phase = Phase::Loading;
                 state.bytes = Some(bytes.to_vec());
+                let landing = state.landing.clone();
                 drop(state);
+                if let Some(landing) = landing {
+                    landing.close();
+                }
                 self.callers.begin();
                 self.lap("state");
                 self.changed.notify_all();

@@ -140,12 +140,15 @@ impl Conversation {
             if let Some(token) = pong {
                 self.say(&Message::Pong { token })?;
             }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.receiver.has_more(&self.stream, left.min(KEEP_ALIVE))? {
+                continue;
+            }
+            // Only now: who did something else for a while has not looked at what came meanwhile.
             if self.heard.elapsed() >= PATIENCE {
                 return Err(ChannelError::Quiet);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let came = self.receiver.has_more(&self.stream, left.min(KEEP_ALIVE))?;
-            if !came && left.is_zero() {
+            if left.is_zero() {
                 return Ok(None);
             }
         }

@@ -30,19 +30,23 @@ impl DataChannel {
             ChannelKind::Background => self.push.push_on(&mut opened),
             _ => self.push.await_last(),
         };
-        if pushed.is_err() {
+        if pushed.is_err() && !self.push.is_last() {
             return;
         }
+        // One that was lost when all was pushed, unnoticed, is called for again as one that is lost later.
+        let mut current = pushed.is_ok().then_some(opened);
         let mut pause = BACKOFF.0;
         loop {
-            let began = Instant::now();
-            if let Err(error) = self.server.attend(opened, self.kind, &*self.ram) {
-                tracing::info!(error = &error as &dyn std::error::Error, channel = %self.kind, "channel to the destination lost");
+            if let Some(opened) = current {
+                let began = Instant::now();
+                if let Err(error) = self.server.attend(opened, self.kind, &*self.ram) {
+                    tracing::info!(error = &error as &dyn std::error::Error, channel = %self.kind, "channel to the destination lost");
+                }
+                if began.elapsed() >= BACKOFF.1 {
+                    pause = BACKOFF.0;
+                }
             }
-            if began.elapsed() >= BACKOFF.1 {
-                pause = BACKOFF.0;
-            }
-            opened = loop {
+            current = Some(loop {
                 if self.push.has_ended() {
                     return;
                 }
@@ -67,7 +71,7 @@ impl DataChannel {
                         tracing::debug!(error = &error as &dyn std::error::Error, channel = %self.kind, "no channel to the destination");
                     }
                 }
-            };
+            });
         }
     }
 }

@@ -1,7 +1,7 @@
 //! RAM that arrives before the guest does.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use umem::call::Opened;
 use umem::channel::ChannelError;
@@ -20,6 +20,8 @@ pub(super) struct Landing {
     pub(super) states: Arc<PageStates>,
     /// No page that comes may be older.
     epoch: AtomicU64,
+    /// Held for as long as one is taken. False: the machine's state is there, and RAM is about to be its pager's alone.
+    open: RwLock<bool>,
 }
 
 /// Why pages were not taken.
@@ -44,7 +46,22 @@ impl Landing {
             region,
             states: Arc::new(states),
             epoch: AtomicU64::new(0),
+            open: RwLock::new(true),
         })
+    }
+
+    /// Pages may be taken for as long as this is held.
+    fn open(&self) -> Result<RwLockReadGuard<'_, bool>, LandingError> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if !*open {
+            return Err(LandingError::Wrong("pages after its state".into()));
+        }
+        Ok(open)
+    }
+
+    /// Takes no more pages from now on; those that are being taken have been.
+    pub(super) fn close(&self) {
+        *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
     }
 
     /// Takes what is pushed on a channel, until nothing more is.
@@ -53,8 +70,12 @@ impl Landing {
         let mut buffer = vec![0; MAX_PAGES_PER_FRAME * PAGE_SIZE];
         loop {
             match receiver.receive()? {
-                Message::Pages(pages) => self.take_pages(&pages, &mut buffer)?,
+                Message::Pages(pages) => {
+                    let _open = self.open()?;
+                    self.take_pages(&pages, &mut buffer)?;
+                }
                 Message::Zero(zero) => {
+                    let _open = self.open()?;
                     self.check(zero.range, zero.epoch.0)?;
                     self.take_zero(zero.range)?;
                 }

@@ -13,9 +13,9 @@ use umem::channel::{ChannelError, Receiver, Sender};
 use umem::link::{Listener, Stream};
 use umem::wire::{ChannelKind, Hello, Incoming, Message, RefuseCode, Refused, VERSION, Welcome, WireError};
 
-use super::PATIENCE;
+use super::{BACKOFF, PATIENCE};
 
-/// Connections at a time; further ones wait in the listener.
+/// Connections at a time; further ones are sent away.
 const MOST: usize = 64;
 
 /// Who decides about callers.
@@ -75,6 +75,8 @@ fn accept_all(listener: &Listener, stop: &OwnedFd, host: &Arc<impl Host>) {
             return;
         }
         let Ok(stream) = listener.accept() else {
+            // Out of descriptors, perhaps: who waits there still waits, and this would do nothing else.
+            thread::sleep(BACKOFF.0);
             continue;
         };
         if inside.fetch_add(1, SeqCst) >= MOST {

@@ -121,13 +121,10 @@ impl Ongoing {
         !state.cancelled
     }
 
-    /// The destination runs it: nobody takes it back any more. False: somebody has.
-    pub(super) fn hand_over(&self, downtime: Duration) -> bool {
+    /// The destination runs it: nobody takes it back any more, and whoever did, and was wrong, has not made a second one of it.
+    pub(super) fn hand_over(&self, downtime: Duration) {
         let mut state = self.lock();
-        if !state.taken_back {
-            state.status.phase = Phase::Postcopy;
-            state.status.downtime_ms = Some(milliseconds(downtime));
-        }
-        !state.taken_back
+        state.status.phase = Phase::Postcopy;
+        state.status.downtime_ms = Some(milliseconds(downtime));
     }
 }

@@ -6,7 +6,7 @@
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -59,6 +59,8 @@ pub(super) struct Push {
     plan: Mutex<Plan>,
     changed: Condvar,
     ended: AtomicBool,
+    /// Held while a log of changes is read, which is another's after the end.
+    logging: RwLock<()>,
     /// Bytes sent.
     pub(super) bytes: AtomicU64,
     /// Pages of the round that were dealt with.
@@ -106,6 +108,7 @@ impl Push {
             }),
             changed: Condvar::new(),
             ended: AtomicBool::new(false),
+            logging: RwLock::default(),
             bytes: AtomicU64::new(0),
             dealt: AtomicU64::new(0),
         }
@@ -182,9 +185,15 @@ impl Push {
     /// Nothing more is to be done at all.
     pub(super) fn end(&self) {
         self.ended.store(true, SeqCst);
+        drop(self.logging.write().unwrap_or_else(PoisonError::into_inner));
         // So that nobody goes to sleep who has looked before.
         drop(self.lock());
         self.changed.notify_all();
+    }
+
+    /// Whether nothing more is pushed: what is lost with a channel is asked for.
+    pub(super) fn is_last(&self) -> bool {
+        self.lock().last
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -287,8 +296,14 @@ impl Channel<'_> {
 
     fn send_run(&mut self, run: PageRange, epoch: Epoch) -> Result<(), PushError> {
         let ram = SharedRam::clone(&self.push.ram);
-        // What changes in them between this and being read is sent, and told of again.
-        (self.push.before_read)(run).map_err(PushError::Memory)?;
+        {
+            let _log = self.push.logging.read().unwrap_or_else(PoisonError::into_inner);
+            if self.push.has_ended() {
+                return Err(PushError::Ended);
+            }
+            // What changes in them between this and being read is sent, and told of again.
+            (self.push.before_read)(run).map_err(PushError::Memory)?;
+        }
         let mut rest = run;
         while rest.count > 0 {
             let data = ram.next_few(rest).map_err(PushError::Memory)?;

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -60,9 +60,15 @@ impl Record {
         Ok(())
     }
 
-    /// Takes it away: there is nothing to be decided any more.
+    /// Takes it away: there is nothing to be decided any more. What another session has put in its place stays.
     pub(super) fn remove(&self) {
-        if let Some(path) = &self.path {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(path), Some(file)) = (&self.path, file.take()) else {
+            return;
+        };
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let own = file.metadata().map(identity).ok();
+        if own.is_some() && own == fs::metadata(path).map(identity).ok() {
             let _ = fs::remove_file(path);
         }
     }
@@ -85,7 +91,11 @@ mod tests {
             let said: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert_eq!(said["phase"], phase);
         }
+        let next = Record::new(Some(path.clone()), "4567".repeat(8), "source");
+        next.write("sending").unwrap();
         record.remove();
+        assert!(path.exists(), "it is another session's");
+        next.remove();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -310,13 +310,10 @@ impl Session {
         self.signs.0 += 1;
         let asked = self.conversation.ask_for_sign(self.signs.0);
         asked.map_err(|error| self.lost(error))?;
-        let deadline = Instant::now() + PATIENCE;
+        // It may have much to do; that it is alive its signs of life tell.
         while self.signs.1 < self.signs.0 {
             self.listen(TICK)?;
             self.check()?;
-            if Instant::now() >= deadline {
-                return Err(MigrationError::Silent(self.dialer.destination()));
-            }
         }
         Ok(())
     }
@@ -590,7 +587,11 @@ impl Session {
         mut pages: PageBitmap,
         state: &SnapshotState,
     ) -> Result<PageBitmap, MigrationError> {
-        let at_hand = self.ram.at_hand(state).in_units(self.unit);
+        let at_hand = match self.unit {
+            1 => self.ram.at_hand(state),
+            // Around each of them is a large page, and to send that takes longer than to be asked for it.
+            _ => PageBitmap::new(self.ram.pages()),
+        };
         pages.subtract(&self.discarded);
         pages.subtract(&at_hand);
         self.discard(&pages)?;
@@ -618,6 +619,18 @@ impl Session {
         Ok(())
     }
 
+    /// Says the commit once more, if the VM was not taken back meanwhile: whoever did that knows that the destination does not run it,
+    /// and it must not begin to.
+    fn commit_again(
+        &mut self,
+        downtime: Option<Duration>,
+    ) -> Result<Result<(), ChannelError>, MigrationError> {
+        if downtime.is_none() && self.ongoing.is_taken_back() {
+            return Err(MigrationError::TakenBack);
+        }
+        Ok(self.conversation.step(Step::Commit, ""))
+    }
+
     /// The machine is the destination's. Serves its pages until it has all of them. The answer is how long the guest stood still.
     fn serve(&mut self) -> Result<Duration, MigrationError> {
         let mut pause = BACKOFF.0;
@@ -632,9 +645,7 @@ impl Session {
                     if downtime.is_none() {
                         let stood = self.paused.map_or(Duration::ZERO, |since| since.elapsed());
                         downtime = Some(stood);
-                        if !self.ongoing.hand_over(stood) {
-                            return Err(MigrationError::TakenBack);
-                        }
+                        self.ongoing.hand_over(stood);
                         self.control.migrated_away();
                         // It is known already, and nobody asks the file before this process is gone.
                         let _ = self.record.write("away");
@@ -650,9 +661,7 @@ impl Session {
                         reason,
                     });
                 }
-                Ok(Some(Heard::Step(Step::Loaded, ..))) => {
-                    said = self.conversation.step(Step::Commit, "");
-                }
+                Ok(Some(Heard::Step(Step::Loaded, ..))) => said = self.commit_again(downtime)?,
                 Ok(None | Some(Heard::Step(..) | Heard::Sign(_))) => {}
                 Ok(Some(Heard::Goodbye(_))) | Err(_) => {
                     thread::sleep(pause);
@@ -661,7 +670,7 @@ impl Session {
                         Ok(opened) => {
                             self.conversation = Conversation::new(opened);
                             // It says its step, and hears this one in any case.
-                            said = self.conversation.step(Step::Commit, "");
+                            said = self.commit_again(downtime)?;
                             pause = BACKOFF.0;
                         }
                         Err(error) => {
