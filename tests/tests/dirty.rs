@@ -297,6 +297,37 @@ fn what_could_not_be_used_is_told_again_with_what_this_process_wrote() {
     assert_eq!(machine.take(&mut tracker), BTreeSet::new());
 }
 
+/// Pages that are forgotten right before they are read: exactly those, in either slot, and what is written after that is told.
+#[test]
+fn what_is_looked_at_stays_until_it_is_forgotten() {
+    need!(tests::host::kvm());
+    let mut machine = Machine::new(Backing::Memfd);
+    let mut tracker = machine.start();
+    let guest = |bitmap: &PageBitmap| -> BTreeSet<u64> {
+        let told = set(bitmap).into_iter();
+        told.filter(|page| !(TABLES..TABLES_END).contains(page) && *page != CODE)
+            .collect()
+    };
+    let mut expected = machine.write(Ring::User, (FREE + 60, 140, 1));
+    expected.extend(machine.write(Ring::User, (HIGH - 3, 3, 1)));
+    expected.extend(machine.write(Ring::User, (HIGH, 67, 1)));
+    for _ in 0..2 {
+        assert_eq!(guest(&tracker.look(&machine.vm).unwrap()), expected);
+    }
+    // Within a word, over words, and over both slots.
+    for (first, count) in [(FREE + 63, 2), (FREE + 70, 127), (HIGH - 2, 5)] {
+        let pages = PageRange::new(PageIndex(first), count);
+        vmm::dirty::forget(&machine.vm, &machine.memory, pages).unwrap();
+        expected.retain(|page| !pages.contains(PageIndex(*page)));
+        assert_eq!(guest(&tracker.look(&machine.vm).unwrap()), expected);
+    }
+    expected.extend(machine.write(Ring::User, (FREE + 64, 3, 40)));
+    expected.extend(machine.write(Ring::User, (HIGH, 1, 1)));
+    assert_eq!(guest(&tracker.look(&machine.vm).unwrap()), expected);
+    assert_eq!(machine.take(&mut tracker), expected);
+    assert_eq!(machine.take(&mut tracker), BTreeSet::new());
+}
+
 #[test]
 fn huge_pages_are_told_of_by_the_small_page() {
     need!(tests::host::kvm());

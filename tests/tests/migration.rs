@@ -171,7 +171,11 @@ fn to_and_fro() {
 fn at_full_speed() {
     need!(tests::host::kvm());
     let times = tests::random::number("UMEM_TEST_ROUNDS");
-    let (memory, pages) = if times.is_some() { ("1G", 131_072) } else { ("64M", 8192) };
+    let (memory, pages) = if times.is_some() {
+        ("1G", 131_072)
+    } else {
+        ("64M", 8192)
+    };
     let scratch = Scratch::new();
     for mode in MODES {
         for cpus in [1, 2] {
@@ -188,7 +192,7 @@ fn at_full_speed() {
                 assert_migrated(&left, mode);
                 outputs.push(guest_output(&left.stdout));
                 // Those of pages that came after the switch are in it.
-                next.wait_until("all of it is there", |next| next.phase() == "complete");
+                next.wait_for_phase("complete");
                 next.wait_for_progress();
                 let report = left.report();
                 figures[0].push(worst_gap_us(&next.guest_output()) / 1e3);
@@ -214,7 +218,14 @@ fn at_full_speed() {
 /// The longest time between two touches of the guest, of whole lines.
 fn worst_gap_us(output: &str) -> f64 {
     let words = output.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-    let gaps = words.filter_map(|line| line.split_once("worst_gap_us=")?.1.split(' ').next()?.parse().ok());
+    let gaps = words.filter_map(|line| {
+        line.split_once("worst_gap_us=")?
+            .1
+            .split(' ')
+            .next()?
+            .parse()
+            .ok()
+    });
     gaps.fold(0.0, f64::max)
 }
 
