@@ -170,10 +170,12 @@ impl Session {
         let connections = options.connections.clamp(1, MAX_CONNECTIONS);
         let server = Server::new(std::collections::HashMap::new()).map_err(MigrationError::Os)?;
         let tracked = options.mode != Mode::Postcopy;
-        let of = Arc::clone(parts);
+        // A thread that sends may outlive the machine, which writes the last of the guest's output when it goes.
+        let of = Arc::downgrade(parts);
         let before_read = move |pages| {
             if tracked {
-                let forgotten = of.forget_changes(pages);
+                let parts = of.upgrade().ok_or("the VM has ended")?;
+                let forgotten = parts.forget_changes(pages);
                 return forgotten.map_err(|error| umem::causes::chain(&error));
             }
             Ok(())
