@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tests::certificates::Authority;
 use tests::moving::{
-    Instance, MODES, assert_migrated, assert_not_moved, assert_one_guest, guest_output, listen,
+    Instance, MODES, assert_migrated, assert_not_moved, assert_one_guest, guest_output, listen, worst_gap_us,
 };
 use tests::need;
 use tests::program::Program;
@@ -195,7 +195,7 @@ fn at_full_speed() {
                 next.wait_for_phase("complete");
                 next.wait_for_progress();
                 let report = left.report();
-                figures[0].push(worst_gap_us(&next.guest_output()) / 1e3);
+                figures[0].push(worst_gap_us(&next.guest_output()) as f64 / 1e3);
                 figures[1].push(report.number("/migration/downtime_ms"));
                 figures[2].push(report.number("/migration/total_ms"));
                 instance = next;
@@ -213,20 +213,6 @@ fn at_full_speed() {
             );
         }
     }
-}
-
-/// The longest time between two touches of the guest, of whole lines.
-fn worst_gap_us(output: &str) -> f64 {
-    let words = output.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-    let gaps = words.filter_map(|line| {
-        line.split_once("worst_gap_us=")?
-            .1
-            .split(' ')
-            .next()?
-            .parse()
-            .ok()
-    });
-    gaps.fold(0.0, f64::max)
 }
 
 /// A VM that is still arriving is not sent on, or only when it has all pages.

@@ -4,6 +4,7 @@
 use std::sync::{Arc, OnceLock};
 
 use umem::image::{Wait, checksum};
+use umem::region::Region;
 use umem::server::{Provider, Unreadable};
 use umem::source::Content;
 use umem::states::PageState;
@@ -84,14 +85,17 @@ impl LeavingRam {
         opened.as_ref().map_err(Clone::clone)
     }
 
-    /// The first pages in `within` that may hold something: what is before them is zero.
-    pub(super) fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, String> {
+    /// The first pages in `within` that may hold something: what is before them is zero. `here` finds them in memory.
+    fn first_found(
+        &self,
+        within: PageRange,
+        here: impl Fn(&Region, PageRange) -> std::io::Result<Option<PageRange>>,
+    ) -> Result<Option<PageRange>, String> {
         let mut rest = within;
         while rest.count > 0 {
-            let (run, here) = self.alike(rest)?;
-            let found = if here {
-                let populated = self.memory.region.next_populated(run);
-                populated.map_err(|error| error.to_string())?
+            let (run, is_here) = self.alike(rest)?;
+            let found = if is_here {
+                here(&self.memory.region, run).map_err(|error| error.to_string())?
             } else {
                 let data = self.beside()?.next_data(run);
                 data.map_err(|error| umem::causes::chain(&error))?
@@ -104,26 +108,18 @@ impl LeavingRam {
         Ok(None)
     }
 
-    /// The first pages in `within`, of a few, that may hold something: what is before them is zero. Some of them may be zero too.
+    /// The first pages in `within` that may hold something, to their end.
+    pub(super) fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, String> {
+        self.first_found(within, Region::next_populated)
+    }
+
+    /// The first pages in `within`, of a few, that may hold something. Some of them may be zero.
     pub(super) fn next_few(&self, within: PageRange) -> Result<Option<PageRange>, String> {
-        let mut rest = within;
-        while rest.count > 0 {
-            let (run, here) = self.alike(rest)?;
-            let found = if here {
-                // Not to the end of what is there, which may be all of RAM: for each few pages that would be looked for anew.
-                let first = self.memory.region.first_populated(run);
-                let first = first.map_err(|error| error.to_string())?;
-                first.map(|first| PageRange::new(first, FEW - first.0 % FEW))
-            } else {
-                let data = self.beside()?.next_data(run);
-                data.map_err(|error| umem::causes::chain(&error))?
-            };
-            if let Some(found) = found {
-                return Ok(Some(found.from(run.start).clamp_to(run.end())));
-            }
-            rest = rest.from(run.end());
-        }
-        Ok(None)
+        // Not to the end of what is there, which may be all of RAM: for each few pages that would be looked for anew.
+        self.first_found(within, |region, run| {
+            let first = region.first_populated(run)?;
+            Ok(first.map(|first| PageRange::new(first, FEW - first.0 % FEW)))
+        })
     }
 
     /// Reads `pages`, and their checksums. `false`: it would have to wait, and was not to.
