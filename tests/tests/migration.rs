@@ -183,7 +183,7 @@ fn at_full_speed() {
             let vm = Vm::with_memory(memory).memory("fill=sequential").cpus(cpus);
             let mut instance = Instance::dirty(vm, pages, "forever");
             let mut outputs = Vec::new();
-            let mut figures: [Vec<f64>; 3] = Default::default();
+            let mut figures: [Vec<f64>; 4] = Default::default();
             for _ in 0..times.unwrap_or(2) {
                 let next = Instance::waiting(&listen(&scratch, "tcp", ""));
                 let options = format!(",memory_mode={mode},timeout_s=20,wait=on");
@@ -195,20 +195,23 @@ fn at_full_speed() {
                 next.wait_for_phase("complete");
                 next.wait_for_progress();
                 let report = left.report();
-                figures[0].push(worst_gap_us(&next.guest_output()) as f64 / 1e3);
-                figures[1].push(report.number("/migration/downtime_ms"));
-                figures[2].push(report.number("/migration/total_ms"));
+                let gaps = worst_gap_us(&next.guest_output()).map(|gap| gap as f64 / 1e3);
+                let [downtime, total] =
+                    ["downtime_ms", "total_ms"].map(|figure| report.number(&format!("/migration/{figure}")));
+                for (figures, figure) in figures.iter_mut().zip([gaps[0], gaps[1], downtime, total]) {
+                    figures.push(figure);
+                }
                 instance = next;
             }
             outputs.push(guest_output(&instance.stop().stdout));
             assert_one_guest(&outputs);
-            let [gap, downtime, total] = figures.map(|mut figures| {
+            let [gap, in_round, downtime, total] = figures.map(|mut figures| {
                 figures.sort_by(f64::total_cmp);
                 let at = |part: f64| figures[((figures.len() - 1) as f64 * part) as usize];
                 format!("{:.1} ({:.1}-{:.1})", at(0.5), at(0.0), at(1.0))
             });
             println!(
-                "{mode}, vcpus={cpus}, memory={memory}: moves={} worst_gap_ms={gap} downtime_ms={downtime} total_ms={total}",
+                "{mode}, vcpus={cpus}, memory={memory}: moves={} worst_gap_ms={gap} in_round_ms={in_round} downtime_ms={downtime} total_ms={total}",
                 times.unwrap_or(2)
             );
         }

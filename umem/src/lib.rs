@@ -17,6 +17,7 @@ pub mod capi;
 pub mod causes;
 pub mod channel;
 mod checksums;
+mod collapse;
 pub mod device;
 pub mod handoff;
 pub mod image;

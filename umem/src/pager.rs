@@ -54,6 +54,7 @@ pub(crate) use self::shared::populated_huge_pages;
 use self::shared::{Observer, Shared};
 use self::stripe::{Placement, Stripe};
 
+use crate::collapse::Collapser;
 use crate::region::{PageSize, Region};
 use crate::schedule::Schedule;
 use crate::source::{PageSource, SourceError, SourceStats};
@@ -358,6 +359,7 @@ impl Pager {
         let shared = Arc::new(Shared {
             stripes: stripes.collect(),
             region: begin.region,
+            collapser: Collapser::default(),
             page_size,
             source,
             states,
@@ -401,7 +403,14 @@ impl Pager {
             READERS
         };
         for reader in 0..readers {
-            let reader = pager.spawn(format!("umem-reader-{reader}"), Shared::serve_demand)?;
+            let work = move |shared: Arc<Shared>| {
+                Arc::clone(&shared).serve_demand();
+                // There is no demand any more.
+                if reader == 0 {
+                    shared.collapse();
+                }
+            };
+            let reader = pager.spawn(format!("umem-reader-{reader}"), work)?;
             pager.workers.push(reader);
         }
         if !matches!(fill, Fill::Off) || !pager.shared.uncertain.is_empty() {
@@ -415,6 +424,7 @@ impl Pager {
     /// pager is dropped. After it the figures are exact: a page is counted after who waited for it has been woken.
     pub fn stop(&mut self) {
         self.shared.closing.store(true, Relaxed);
+        self.shared.collapser.end();
         self.shared.schedule.stop();
         self.shared.source.close();
         // A source's own threads are not joined here: what they are installing is installed and counted after this, and they
@@ -549,7 +559,7 @@ impl PreparedPager {
         }
         shared.begun.store(true, Release);
         if shared.states.all_settled() {
-            // It takes time to make huge pages again, and somebody is waiting for this to return.
+            // It takes time to look at all pages, and somebody is waiting for this to return.
             let release = pager.spawn("umem-release".into(), |shared| shared.release())?;
             pager.workers.push(release);
         }

@@ -5,7 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use linux_raw_sys::general as sys;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
@@ -95,6 +96,18 @@ pub struct Region {
     /// Held alone while pages are collapsed, and shared by who asks the file where it has data: before Linux 6.4 a huge page that is
     /// being put together is said to be a hole, and what is in it would be taken for zero.
     collapsing: RwLock<()>,
+    /// Who does not want that now.
+    put_off: AtomicUsize,
+}
+
+/// See [`Region::put_off_collapse`].
+#[derive(Debug)]
+pub struct CollapsePutOff(Arc<Region>);
+
+impl Drop for CollapsePutOff {
+    fn drop(&mut self) {
+        self.0.put_off.fetch_sub(1, Relaxed);
+    }
 }
 
 // SAFETY: the region is memory, which any thread may use; it is unmapped when the last owner lets go of it.
@@ -167,6 +180,7 @@ impl Region {
             page_size,
             memfd,
             collapsing: RwLock::new(()),
+            put_off: AtomicUsize::new(0),
         };
         // A child would have the mapping without the userfaultfd, and so zero pages; a core dump would fetch every page.
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
@@ -405,15 +419,35 @@ impl Region {
         Ok(unsafe { rustix::mm::madvise(start, pages.bytes(), advice) }?)
     }
 
+    /// Whether all of `pages` have memory. Where the kernel does not say: no.
+    pub(crate) fn is_populated(&self, pages: PageRange) -> bool {
+        let start = self.addresses(pages).start.0 as *mut _;
+        let mut resident = vec![0; pages.count as usize];
+        // SAFETY: the pages are of the region; mincore(2) writes one byte for each into the vector.
+        let result = unsafe { libc::mincore(start, pages.bytes(), resident.as_mut_ptr()) };
+        result == 0 && resident.iter().all(|byte| byte & 1 == 1)
+    }
+
     /// Asks the kernel to back `pages`, all populated and no longer registered, by huge pages again. Whether it does is its
-    /// affair: nothing but speed depends on it.
-    pub fn collapse(&self, pages: PageRange) {
+    /// affair: nothing but speed depends on it. False: not now, because it is put off.
+    pub fn collapse(&self, pages: PageRange) -> bool {
+        if self.put_off.load(Relaxed) > 0 {
+            return false;
+        }
         let start = self.addresses(pages).start.0;
         let _alone = self.collapsing.write().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: MADV_COLLAPSE changes how memory is backed, not what it holds.
         if unsafe { libc::madvise(start as *mut _, pages.bytes(), libc::MADV_COLLAPSE) } != 0 {
             tracing::debug!(error = %io::Error::last_os_error(), %pages, "not backed by a huge page");
         }
+        true
+    }
+
+    /// Lets no page be collapsed, but for one that may be just now, until what this returns is dropped: for work that would have
+    /// to wait for it.
+    pub fn put_off_collapse(self: &Arc<Self>) -> CollapsePutOff {
+        self.put_off.fetch_add(1, Relaxed);
+        CollapsePutOff(Arc::clone(self))
     }
 
     /// Gives the memory of `pages` back, which are whole units; they read zero from then on. While the region is served, this

@@ -17,6 +17,7 @@ use rustix::fs::MemfdFlags;
 use super::passing::{PassingError, receive, send};
 use super::{FailureKind, Figures, FillKind, Message, Serve, StripePlace, VERSION};
 use crate::causes::chain;
+use crate::collapse::Collapser;
 use crate::link::{Address, Stream};
 use crate::pager::{
     self, Fill, Notice, PagerError, PagerOptions, PagerStats, RegisteredStripe, StartError,
@@ -213,6 +214,9 @@ struct Shared {
     working_set: Option<File>,
     fill: FillKind,
     region: Arc<Region>,
+    collapser: Arc<Collapser>,
+    /// What runs it, as soon as there is something to do.
+    collapsing: Mutex<Option<JoinHandle<()>>>,
     closing: AtomicBool,
     connection: Mutex<Connection>,
     changed: Condvar,
@@ -271,6 +275,8 @@ impl AttachedPager {
             working_set,
             fill,
             region,
+            collapser: Arc::default(),
+            collapsing: Mutex::default(),
             closing: AtomicBool::new(false),
             connection: Mutex::default(),
             changed: Condvar::new(),
@@ -322,6 +328,15 @@ impl AttachedPager {
         }
         if thread.join().is_err() {
             tracing::error!("the thread that talks with the pager panicked");
+        }
+        shared.collapser.end();
+        let collapsing = shared
+            .collapsing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if collapsing.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that makes huge pages panicked");
         }
     }
 
@@ -595,11 +610,12 @@ impl Shared {
     fn all_present(&self) {
         let _ = self.all_present_at.set(Instant::now());
         (self.observer)(Notice::AllPagesPresent);
-        for pages in populated_huge_pages(&self.states) {
-            if self.closing.load(SeqCst) {
-                return;
-            }
-            self.region.collapse(pages);
+        self.collapser.hand_over(populated_huge_pages(&self.states));
+        let (collapser, region) = (Arc::clone(&self.collapser), Arc::clone(&self.region));
+        let thread = thread::Builder::new().name("umem-collapse".into());
+        match thread.spawn(move || collapser.run(&region)) {
+            Ok(thread) => *self.collapsing.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread),
+            Err(error) => tracing::debug!(%error, "no huge pages are made: there is no thread for it"),
         }
     }
 

@@ -12,6 +12,7 @@ use super::install::Fetched;
 use super::stripe::Stripe;
 use super::{FaultClass, Notice, PagerError, TouchRecord};
 use crate::causes::chain;
+use crate::collapse::Collapser;
 use crate::region::{PageSize, Region};
 use crate::schedule::{Schedule, step_forward};
 use crate::source::{Class, Content, Inbox, PageSink, PageSource, SourceError};
@@ -33,6 +34,8 @@ pub(super) struct Shared {
     pub(super) stripes: Vec<Stripe>,
     /// The region, if it is this process' own.
     pub(super) region: Option<Arc<Region>>,
+    /// What of it is to become huge pages again.
+    pub(super) collapser: Collapser,
     pub(super) page_size: PageSize,
     pub(super) source: Arc<dyn PageSource>,
     pub(super) states: Arc<PageStates>,
@@ -90,6 +93,13 @@ impl Shared {
                 self.fail(error);
             }
             self.release_if_settled();
+        }
+    }
+
+    /// Makes huge pages of what the region consists of, once it is released. Of another process' memory that process takes care itself.
+    pub(super) fn collapse(&self) {
+        if let Some(region) = &self.region {
+            self.collapser.run(region);
         }
     }
 
@@ -216,18 +226,11 @@ impl Shared {
         self.record_waiting(self.states.all());
         let _ = self.all_present_at.set(Instant::now());
         (self.observer)(Notice::AllPagesPresent);
+        // For a reader, which has nothing else to do then.
+        self.collapser.hand_over(populated);
         // The fault thread stays: a thread that began to drop pages before the memory was taken off waits for its event to
         // be read.
         self.schedule.stop();
-        // Of another process' memory that process takes care itself.
-        if let Some(region) = &self.region {
-            for pages in populated {
-                if self.closing.load(Relaxed) {
-                    return;
-                }
-                region.collapse(pages);
-            }
-        }
     }
 
     pub(super) fn stop_fault_threads(&self) {

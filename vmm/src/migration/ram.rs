@@ -4,7 +4,7 @@
 use std::sync::{Arc, OnceLock};
 
 use umem::image::{Wait, checksum};
-use umem::region::Region;
+use umem::region::{CollapsePutOff, Region};
 use umem::server::{Provider, Unreadable};
 use umem::source::Content;
 use umem::states::PageState;
@@ -28,6 +28,8 @@ pub(super) struct LeavingRam {
     memory: Memory,
     /// Opened when the first absent page is wanted.
     beside: OnceLock<Result<Beside, String>>,
+    /// Huge pages would be put together to be sent page by page.
+    _small: CollapsePutOff,
 }
 
 impl std::fmt::Debug for LeavingRam {
@@ -56,6 +58,7 @@ impl LeavingRam {
             return Err(MigrationError::SourceElsewhere(absent));
         }
         Ok(Self {
+            _small: memory.region.put_off_collapse(),
             memory,
             beside: OnceLock::new(),
         })
