@@ -323,7 +323,7 @@ impl Pager {
     ) -> Result<Self, StartError> {
         let begin = Begin {
             region: None,
-            uncertain: memory.states.cancel_all(),
+            uncertain: memory.states.in_flight(),
             later: false,
         };
         let pager = Self::serve(memory, begin, source, options.into(), Box::new(observer))?;

@@ -228,12 +228,12 @@ impl PageStates {
         self.unsettled.store(unsettled * self.unit, Release);
     }
 
-    /// Gives up everything that is in flight, which is right when whoever fetched it is gone. Answers the first page of each
-    /// such unit, in order: it may have been installed, and nobody left to say so.
-    pub fn cancel_all(&self) -> Vec<PageIndex> {
+    /// The first page of each unit that is in flight, in order. When whoever fetched it is gone, it may have been installed, and nobody
+    /// is left to say so: whoever takes over fetches it in his place, and it stays in flight until he has.
+    pub fn in_flight(&self) -> Vec<PageIndex> {
         self.units(self.all())
-            .filter(|unit| self.cancel(*unit))
             .map(|unit| unit.start)
+            .filter(|page| self.get(*page) == PageState::InFlight)
             .collect()
     }
 

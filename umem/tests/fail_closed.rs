@@ -12,12 +12,15 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
-use common::{BACKINGS, Fixture, assert_all_present, eventually, image, image_file, read_page, start};
+use common::{
+    BACKINGS, Fixture, assert_all_present, eventually, expected, image, image_file, read_page, start,
+};
 use umem::image::Image;
-use umem::pager::{Fill, Notice, Pager, PagerError, StartError};
+use umem::pager::{Fill, Memory, Notice, Pager, PagerError, StartError, register};
 use umem::region::{Backing, PageSize, Region};
 use umem::source::file::{Checksums, FileSource};
 use umem::source::{Class, Content, PageSource, SourceError, SourceStats};
+use umem::states::{Claim, PageStates};
 use umem::units::{PAGE_SIZE, PageIndex, PageRange};
 
 const PAGES: u64 = 4096;
@@ -228,6 +231,92 @@ impl PageSource for Gated {
 
     fn stats(&self) -> SourceStats {
         SourceStats::default()
+    }
+}
+
+/// A source of which nothing comes until it is closed, and then an error.
+#[derive(Default)]
+struct Stuck {
+    reading: AtomicU64,
+    closed: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl PageSource for Stuck {
+    fn url(&self) -> String {
+        "test:stuck".into()
+    }
+
+    fn try_read(&self, _: PageRange, _: &mut [u8]) -> Result<Option<Content>, SourceError> {
+        Ok(None)
+    }
+
+    fn read(&self, _: PageRange, _: Class, _: &mut [u8]) -> Result<Content, SourceError> {
+        self.reading.fetch_add(1, SeqCst);
+        let closed = self.closed.lock().unwrap();
+        drop(self.changed.wait_while(closed, |closed| !*closed).unwrap());
+        Err(SourceError::Lost("closed".into()))
+    }
+
+    fn next_data(&self, within: PageRange) -> Result<Option<PageRange>, SourceError> {
+        Ok(Some(within))
+    }
+
+    fn digest(&self) -> Option<[u8; 32]> {
+        None
+    }
+
+    fn close(&self) {
+        *self.closed.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+
+    fn stats(&self) -> SourceStats {
+        SourceStats::default()
+    }
+}
+
+/// Of two pages that a pager had in flight when it was killed one was installed. Those that take over are killed too, each before it
+/// has found out, until one has the time.
+#[test]
+fn what_may_have_been_installed_is_in_flight_until_somebody_knows() {
+    const PAGES: u64 = 16;
+    let (_directory, image) = image_file(PAGES);
+    for backing in BACKINGS {
+        let region = Region::new(PAGES * PAGE_SIZE as u64, backing, PageSize::Small).unwrap();
+        let states = Arc::new(PageStates::new(PAGES, 1).unwrap());
+        let (installed, missing) = (PageRange::new(PageIndex(3), 1), PageRange::new(PageIndex(7), 1));
+        region.write(installed, &expected(3)).unwrap();
+        for page in [installed, missing] {
+            assert_eq!(states.claim(page), Claim::Granted);
+        }
+        let memory = || Memory {
+            stripes: register(&region, 1, region.registration().1).unwrap(),
+            page_size: PageSize::Small,
+            states: Arc::clone(&states),
+        };
+        for _ in 0..2 {
+            let source = Arc::new(Stuck::default());
+            let pager = Pager::take_over(memory(), source.clone(), Fill::Off, |_| ()).unwrap();
+            Gated::await_count(&source.reading, 1);
+            drop(pager);
+            assert_eq!(
+                states.in_flight(),
+                [installed.start, missing.start],
+                "{backing:?}"
+            );
+        }
+        let source = Arc::new(FileSource::new(Image::open(&image).unwrap(), Checksums::On));
+        let pager = Pager::take_over(memory(), source, Fill::Off, |_| ()).unwrap();
+        eventually(&pager, |stats| stats.states.in_flight == 0);
+        assert_eq!(states.counts().present, 2);
+        for page in [3, 7, 8] {
+            assert_eq!(
+                read_page(&region, page),
+                expected(page),
+                "{backing:?}, page {page}"
+            );
+        }
     }
 }
 

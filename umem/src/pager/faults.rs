@@ -347,7 +347,7 @@ impl FaultThread {
                 // Refused where it is settled.
                 shared.states.arrive(unit, Arrival::Demand);
             } else if shared.states.get(unit.start) == PageState::Absent {
-                if shared.uncertain.binary_search(&unit.start).is_err() {
+                if !shared.is_uncertain(unit.start) {
                     return Err(PagerError::Unaccounted { page: unit.start });
                 }
                 if shared.states.claim(unit) == Claim::Granted {

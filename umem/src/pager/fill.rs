@@ -74,12 +74,13 @@ impl Shared {
 }
 
 impl Filler<'_> {
-    /// Loads what a pager before this one may have installed, or not: if nobody touches it again, nobody else would find out.
+    /// Loads what a pager before this one may have installed, or not, and left in flight: that claim is this one's now. Were it given up
+    /// first and this pager killed before it claimed it again, nobody would know any more that it may be there.
     fn load_uncertain(&mut self) -> Result<(), Ended> {
         let shared = self.shared;
         for unit in &shared.uncertain {
             shared.schedule.pass_gate()?;
-            self.claim(shared.states.unit_of(*unit));
+            self.batch.push(shared.states.unit_of(*unit));
             self.fetch()?;
         }
         Ok(())

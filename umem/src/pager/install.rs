@@ -173,9 +173,7 @@ impl Shared {
             Some(error) if is_transient(&error) && !self.released.load(Acquire) => Ok(0),
             Some(InstallError::Changing) => Ok(0),
             // The pager before this one installed it, and was gone before it could say so; or the source did, at the same time.
-            Some(InstallError::Exists)
-                if self.uncertain.binary_search(&pages.start).is_ok() || self.source.installs() =>
-            {
+            Some(InstallError::Exists) if self.is_uncertain(pages.start) || self.source.installs() => {
                 stripe.wake(piece.addresses());
                 Ok(unit)
             }

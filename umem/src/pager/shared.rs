@@ -143,10 +143,19 @@ impl Shared {
     /// Pages that were claimed are not going to be fetched after all: who waits for them looks again.
     pub(super) fn give_up(&self, pages: PageRange) {
         for unit in self.states.units(pages) {
-            self.states.cancel(unit);
+            // What may be there stays in flight for who takes over.
+            let is_next_ones = self.closing.load(Relaxed) && self.is_uncertain(unit.start);
+            if !is_next_ones {
+                self.states.cancel(unit);
+            }
         }
         self.wake(pages);
         self.record_waiting(pages);
+    }
+
+    /// Whether a pager before this one may have installed the unit that begins with `page`.
+    pub(super) fn is_uncertain(&self, page: PageIndex) -> bool {
+        self.uncertain.binary_search(&page).is_ok()
     }
 
     /// Wakes who waits for `pages`, to look again.
