@@ -179,13 +179,15 @@ fn at_full_speed() {
     let scratch = Scratch::new();
     for mode in MODES {
         for cpus in [1, 2] {
+            // On an emulated CPU a GiB takes its time.
+            let patient = |vm: Vm| vm.patience(Duration::from_mins(10));
             // Nothing is in its memory in the beginning.
-            let vm = Vm::with_memory(memory).memory("fill=sequential").cpus(cpus);
+            let vm = patient(Vm::with_memory(memory).memory("fill=sequential").cpus(cpus));
             let mut instance = Instance::dirty(vm, pages, "forever");
             let mut outputs = Vec::new();
             let mut figures: [Vec<f64>; 4] = Default::default();
             for _ in 0..times.unwrap_or(2) {
-                let next = Instance::waiting(&listen(&scratch, "tcp", ""));
+                let next = Instance::waiting_with(patient(Vm::arriving(&listen(&scratch, "tcp", ""))));
                 let options = format!(",memory_mode={mode},timeout_s=20,wait=on");
                 instance.send(&next.url, &options).finish().assert_code(0);
                 let left = instance.finish();
