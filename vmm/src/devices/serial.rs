@@ -128,8 +128,12 @@ impl SerialPort {
     }
 
     /// Does `work` with its registers, which do not change meanwhile: no input comes and no interrupt is raised.
+    ///
+    /// What the guest has said is out by then, if somebody takes it: where it goes on, nobody knows of it, and this process may be
+    /// killed as soon as it goes on there.
     pub(super) fn hold_still<T>(&self, work: impl FnOnce(SerialRegisters) -> T) -> T {
-        let uart = self.lock();
+        let mut uart = self.lock();
+        uart.writer_mut().try_flush();
         work(uart.state().into())
     }
 
