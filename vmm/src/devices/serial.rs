@@ -237,3 +237,33 @@ impl SerialEvents for Drained {
         let _ = self.0.write(1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::sync::Arc;
+
+    use super::super::tick::Tick;
+    use super::*;
+
+    #[test]
+    fn what_the_guest_has_said_is_out_when_its_state_is_taken() {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let output = Output::new(writer, Arc::new(Tick::new().unwrap()));
+        let port = SerialPort::new(event(), event(), output, None).unwrap();
+        for byte in b"login: " {
+            port.write(FIRST_PORT, *byte);
+        }
+        let mut said = [0; 16];
+        let mut reader = File::from(reader);
+        assert_eq!(
+            reader.read(&mut said).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock,
+            "a line without an end waits"
+        );
+        let length = port.hold_still(|_| reader.read(&mut said).unwrap());
+        assert_eq!(&said[..length], b"login: ");
+    }
+}
