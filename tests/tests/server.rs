@@ -411,7 +411,8 @@ fn metrics_say_what_clients_did() {
             .all(|answer| *answer == Answer::Failed(FailCode::OutOfRange, String::new()))
     );
     let mut control = Client::connect(&server.url, ChannelKind::Control, Features::NONE, SessionId::NEW);
-    // Answers are counted after they were sent.
+    // Answers are counted after they were sent, a channel after it was welcomed.
+    server.wait_for("umem_serve_channels{kind=\"control\"}", 1.0);
     server.wait_for("umem_serve_requests_total{kind=\"background\"}", 2.0);
     server.wait_for("umem_serve_requests_total{kind=\"demand\"}", 10.0);
     let metrics = server.metrics();
