@@ -218,7 +218,7 @@ fn wrong_header(bytes: &[u8; HEADER_SIZE], error: WireError) -> ChannelError {
     }
 }
 
-/// What goes out: either by [`Sender::send`] and [`Sender::send_pages`], which wait, or by [`Sender::post`], which does not.
+/// What goes out: either by [`Sender::send`] and [`Sender::send_pages_with`], which wait, or by [`Sender::post`], which does not.
 #[derive(Debug)]
 pub struct Sender {
     stream: Arc<Stream>,

@@ -142,7 +142,7 @@ impl Footer {
         bytes
     }
 
-    /// Reads a footer from the end of a file, of which `tail` is the last [`TAIL_SIZE`] bytes, or all if it has fewer. The
+    /// Reads a footer from the end of a file, of which `tail` is the last `TAIL_SIZE` bytes, or all if it has fewer. The
     /// error says what is wrong with it.
     pub fn decode(tail: &[u8]) -> Result<Self, FooterError> {
         let Some((before, bytes)) = tail.split_last_chunk::<FOOTER_SIZE>() else {

@@ -22,7 +22,7 @@
 //! they move before it lets go of it; every other thread checks the page's state and installs while it shares it. Content
 //! installed before the event is read is dropped, or moved, with the page; after it, the page is `Removed` and the content is
 //! not installed, or installed where the page is now. This is the one lock that is held across a system call; an installation
-//! under it is at most [`INSTALL_STEP`] pages long, and the read never waits.
+//! under it is at most `INSTALL_STEP` pages long, and the read never waits.
 //!
 //! The fault thread needs no lock for its own installations, since it alone reads events: it sees EAGAIN, reads the event,
 //! and looks at the page's state again.
