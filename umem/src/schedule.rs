@@ -1,9 +1,9 @@
 //! Two classes of work: demand, for which somebody waits, and background, which waits for demand.
 //!
 //! Demand has a queue and reader threads of its own. Background passes a gate before each step, which is closed while any
-//! demand is outstanding. A page that both want is one request, because a page is claimed once ([`crate::states`]); and
-//! background that has claimed pages no longer looks at the gate before it has delivered them, so demand that joins it
-//! cannot wait for something that waits for demand.
+//! demand is outstanding. A page that both want is one request, because a page is claimed once, unless background is slow
+//! ([`crate::states`]); and background that has claimed pages no longer looks at the gate before it has delivered them, so demand
+//! that joins it cannot wait for something that waits for demand.
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;

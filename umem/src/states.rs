@@ -15,9 +15,10 @@
 //! ```
 //!
 //! - *claim*: somebody (a fault or the background fill) is going to fetch the page. Of any number of claims one is
-//!   granted; the others join it, and a page is fetched once.
+//!   granted; the others join it, and a page is fetched once. But who waits for a fill may wait for long, because that gives way to
+//!   everybody: such a page may be *shared*, which is to be fetched by both, and who comes first installs it.
 //! - *arrive*: its content was installed.
-//! - *cancel*: it was not fetched after all and may be claimed again.
+//! - *cancel*: it was not fetched after all and may be claimed again (where two fetch it: by the fill, and it stays in flight).
 //! - *remove*: the memory was given back. A removed page reads zero and never comes from the source again; content that
 //!   is still on its way finds the page `Removed` and is dropped.
 //! - *touch*: a removed page was used again, and is an ordinary zero page.
@@ -106,15 +107,35 @@ pub struct StateCounts {
 
 const STATE_BITS: u8 = 0b11;
 const ARRIVAL_SHIFT: u8 = 2;
+const FETCHER_SHIFT: u8 = 2;
 
-/// One page's byte: bits 0-1 the state, bits 2-3 how it arrived if it is present.
+/// Who fetches a page that is in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Fetcher {
+    Fill = 0,
+    Demand = 1,
+    Both = 2,
+}
+
+/// One page's byte: bits 0-1 the state, bits 2-3 how it arrived if it is present, and who fetches it if it is in flight.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Entry(u8);
 
 impl Entry {
     const ABSENT: Self = Self(PageState::Absent as u8);
-    const IN_FLIGHT: Self = Self(PageState::InFlight as u8);
+    const BY_FILL: Self = Self::in_flight(Fetcher::Fill);
+    const BY_DEMAND: Self = Self::in_flight(Fetcher::Demand);
+    const BY_BOTH: Self = Self::in_flight(Fetcher::Both);
     const REMOVED: Self = Self(PageState::Removed as u8);
+
+    const fn in_flight(by: Fetcher) -> Self {
+        Self(PageState::InFlight as u8 | ((by as u8) << FETCHER_SHIFT))
+    }
+
+    fn is_in_flight(self) -> bool {
+        self.state() == PageState::InFlight
+    }
 
     fn present(arrival: Arrival) -> Self {
         Self(PageState::Present as u8 | ((arrival as u8) << ARRIVAL_SHIFT))
@@ -254,7 +275,7 @@ impl PageStates {
 
     /// The state of `page`.
     pub fn get(&self, page: PageIndex) -> PageState {
-        Entry(self.entries[(page.0 / self.unit) as usize].load(Acquire)).state()
+        self.entry(page).state()
     }
 
     /// The unit that `page` belongs to.
@@ -272,9 +293,13 @@ impl PageStates {
             .map(move |start| PageRange::new(PageIndex(start), unit))
     }
 
-    /// Wants `unit` to be fetched by the caller.
+    /// Wants `unit` to be fetched by the caller, for whom somebody waits.
     pub fn claim(&self, unit: PageRange) -> Claim {
-        match self.change(unit, |entry| (entry == Entry::ABSENT).then_some(Entry::IN_FLIGHT)) {
+        self.claim_by(unit, Entry::BY_DEMAND)
+    }
+
+    fn claim_by(&self, unit: PageRange, by: Entry) -> Claim {
+        match self.change(unit, |entry| (entry == Entry::ABSENT).then_some(by)) {
             Ok(()) => Claim::Granted,
             Err(PageState::InFlight | PageState::Absent) => Claim::Joined,
             Err(PageState::Present) => Claim::Present,
@@ -282,16 +307,34 @@ impl PageStates {
         }
     }
 
-    /// Claims the first run of absent units in `range`, at most `most` pages long (but at least a unit). `None`: there is
+    /// Wants `unit` to be fetched by the caller although a fill is fetching it. False: no fill is, or it is fetched twice already.
+    pub fn share(&self, unit: PageRange) -> bool {
+        self.change(unit, |entry| (entry == Entry::BY_FILL).then_some(Entry::BY_BOTH))
+            .is_ok()
+    }
+
+    /// Whether somebody who has found `page` in flight, and is about to install it, may find that it is there: two were to install
+    /// it, or had been and the other one has.
+    pub fn may_be_there(&self, page: PageIndex) -> bool {
+        let entry = self.entry(page);
+        entry.is_settled() || entry == Entry::BY_BOTH
+    }
+
+    fn entry(&self, page: PageIndex) -> Entry {
+        Entry(self.entries[(page.0 / self.unit) as usize].load(Acquire))
+    }
+
+    /// Claims for a fill the first run of absent units in `range`, at most `most` pages long (but at least a unit). `None`: there is
     /// none.
     pub fn claim_run(&self, range: PageRange, most: u64) -> Option<PageRange> {
         let mut units = self.units(range);
         let mut run = units.find(|unit| {
             // Looked at before it is claimed: a failed swap would take the line from who is working on it.
-            self.get(unit.start) == PageState::Absent && self.claim(*unit) == Claim::Granted
+            self.get(unit.start) == PageState::Absent
+                && self.claim_by(*unit, Entry::BY_FILL) == Claim::Granted
         })?;
         for unit in units {
-            if run.count + unit.count > most || self.claim(unit) != Claim::Granted {
+            if run.count + unit.count > most || self.claim_by(unit, Entry::BY_FILL) != Claim::Granted {
                 break;
             }
             run.count += unit.count;
@@ -302,15 +345,24 @@ impl PageStates {
     /// The unit's content was installed. False: it was not in flight, which means that it was removed meanwhile.
     pub fn arrive(&self, unit: PageRange, arrival: Arrival) -> bool {
         self.change(unit, |entry| {
-            (entry == Entry::IN_FLIGHT).then_some(Entry::present(arrival))
+            entry.is_in_flight().then_some(Entry::present(arrival))
         })
         .is_ok()
     }
 
-    /// The unit was not fetched after all. False: it was not in flight, which means that it was removed meanwhile.
+    /// The unit was not fetched after all; of two who fetch it, by one of them. False: it was not in flight, which means that it was
+    /// removed meanwhile.
     pub fn cancel(&self, unit: PageRange) -> bool {
-        self.change(unit, |entry| (entry == Entry::IN_FLIGHT).then_some(Entry::ABSENT))
-            .is_ok()
+        self.change(unit, |entry| {
+            // The other one may have installed it by now.
+            let left = if entry == Entry::BY_BOTH {
+                Entry::BY_DEMAND
+            } else {
+                Entry::ABSENT
+            };
+            entry.is_in_flight().then_some(left)
+        })
+        .is_ok()
     }
 
     /// The memory of `range` was given back. A unit of which only a part was given back stays what it is; false: one of those
@@ -369,7 +421,7 @@ impl PageStates {
 
     /// Whether `page` is present or removed, for good.
     pub fn is_settled(&self, page: PageIndex) -> bool {
-        Entry(self.entries[(page.0 / self.unit) as usize].load(Acquire)).is_settled()
+        self.entry(page).is_settled()
     }
 
     /// Whether every page is settled. Whoever settles the last page sees it after that.
@@ -463,7 +515,9 @@ mod tests {
 
     #[derive(Clone, Copy, Debug)]
     enum Step {
+        Fill,
         Claim,
+        Share,
         Arrive(Arrival),
         Cancel,
         Remove,
@@ -473,7 +527,9 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<(u64, Step)>> {
         let step = prop_oneof![
-            4 => Just(Step::Claim),
+            3 => Just(Step::Fill),
+            3 => Just(Step::Claim),
+            2 => Just(Step::Share),
             3 => prop_oneof![Just(Arrival::Demand), Just(Arrival::Prefetched), Just(Arrival::Zero)]
                 .prop_map(Step::Arrive),
             1 => Just(Step::Cancel),
@@ -484,17 +540,42 @@ mod tests {
         prop::collection::vec((0..8u64, step), 0..200)
     }
 
-    /// What a reader of the diagram would expect, and nothing clever: `(state, arrival)` after a step, and its answer.
-    fn expected(now: (PageState, Option<Arrival>), step: Step) -> ((PageState, Option<Arrival>), bool) {
-        use PageState::{Absent, InFlight, Present, Removed};
-        match (now.0, step) {
-            (Absent, Step::Claim) => ((InFlight, None), true),
-            (InFlight, Step::Arrive(how)) => ((Present, Some(how)), true),
-            (InFlight, Step::Cancel) => ((Absent, None), true),
-            (_, Step::Remove) => ((Removed, None), true),
-            (Present | Removed, Step::Touch) => ((Present, Some(Arrival::Zero)), true),
-            (_, Step::SettleRest) => (now, true),
-            _ => (now, false),
+    /// What a reader of the diagram would expect, and nothing clever: a page after a step, and whether the step was granted.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Page {
+        Absent,
+        InFlight(Fetcher),
+        Present(Arrival),
+        Removed,
+    }
+
+    impl Page {
+        #[allow(clippy::match_same_arms)] // an arm for each arrow
+        fn after(self, step: Step) -> (Self, bool) {
+            match (self, step) {
+                (Self::Absent, Step::Fill) => (Self::InFlight(Fetcher::Fill), true),
+                (Self::Absent, Step::Claim) => (Self::InFlight(Fetcher::Demand), true),
+                (Self::InFlight(Fetcher::Fill), Step::Share) => (Self::InFlight(Fetcher::Both), true),
+                (Self::InFlight(_), Step::Arrive(how)) => (Self::Present(how), true),
+                (Self::InFlight(Fetcher::Both), Step::Cancel) => (Self::InFlight(Fetcher::Demand), true),
+                (Self::InFlight(_), Step::Cancel) => (Self::Absent, true),
+                (_, Step::Remove) => (Self::Removed, true),
+                (Self::Present(_) | Self::Removed, Step::Touch)
+                | (Self::Absent | Self::InFlight(_), Step::SettleRest) => {
+                    (Self::Present(Arrival::Zero), true)
+                }
+                (_, Step::SettleRest) => (self, true),
+                _ => (self, false),
+            }
+        }
+
+        fn state(self) -> PageState {
+            match self {
+                Self::Absent => PageState::Absent,
+                Self::InFlight(_) => PageState::InFlight,
+                Self::Present(_) => PageState::Present,
+                Self::Removed => PageState::Removed,
+            }
         }
     }
 
@@ -502,12 +583,15 @@ mod tests {
         #[test]
         fn every_sequence_of_steps_does_what_the_diagram_says(unit in prop_oneof![Just(1u64), Just(512)], steps in steps()) {
             let table = PageStates::new(8 * unit, unit).unwrap();
-            let mut model = [(PageState::Absent, None::<Arrival>); 8];
+            let mut model = [Page::Absent; 8];
             for (index, step) in steps {
                 let range = PageRange::new(PageIndex(index * unit), unit);
-                let (next, answer) = expected(model[index as usize], step);
+                let before = model[index as usize];
+                let (next, answer) = before.after(step);
                 let got = match step {
+                    Step::Fill => table.claim_run(range, unit) == Some(range),
                     Step::Claim => table.claim(range) == Claim::Granted,
+                    Step::Share => table.share(range),
                     Step::Arrive(how) => table.arrive(range, how),
                     Step::Cancel => table.cancel(range),
                     Step::Remove => table.remove(range),
@@ -515,27 +599,27 @@ mod tests {
                     Step::SettleRest => {
                         table.settle_rest_as_zero();
                         for page in &mut model {
-                            if matches!(page.0, PageState::Absent | PageState::InFlight) {
-                                *page = (PageState::Present, Some(Arrival::Zero));
-                            }
+                            *page = page.after(step).0;
                         }
                         true
                     }
                 };
-                prop_assert_eq!(got, answer, "{:?} on {:?}", step, model[index as usize]);
-                if !matches!(step, Step::SettleRest) { model[index as usize] = next; }
+                prop_assert_eq!(got, answer, "{:?} on {:?}", step, before);
+                model[index as usize] = next;
 
-                let of = |state| model.iter().filter(|page| page.0 == state).count() as u64 * unit;
+                let of = |state| model.iter().filter(|page| page.state() == state).count() as u64 * unit;
                 prop_assert_eq!(table.counts(), StateCounts {
                     absent: of(PageState::Absent), in_flight: of(PageState::InFlight),
                     present: of(PageState::Present), removed: of(PageState::Removed),
                 });
                 for how in [Arrival::Demand, Arrival::Prefetched, Arrival::Zero] {
-                    let count = model.iter().filter(|page| page.1 == Some(how)).count() as u64 * unit;
+                    let count = model.iter().filter(|page| **page == Page::Present(how)).count() as u64 * unit;
                     prop_assert_eq!(table.arrived_by(how), count);
                 }
                 for (index, page) in model.iter().enumerate() {
-                    prop_assert_eq!(table.get(PageIndex(index as u64 * unit + unit - 1)), page.0);
+                    prop_assert_eq!(table.get(PageIndex(index as u64 * unit + unit - 1)), page.state());
+                    let shared = matches!(page, Page::Present(_) | Page::Removed | Page::InFlight(Fetcher::Both));
+                    prop_assert_eq!(table.may_be_there(PageIndex(index as u64 * unit)), shared);
                 }
                 prop_assert_eq!(table.all_settled(), of(PageState::Absent) + of(PageState::InFlight) == 0);
             }

@@ -128,6 +128,44 @@ fn near_faults_goes_to_where_the_latest_fault_was() {
 }
 
 /// What one run touched is there in the next one before it is touched, zero pages too, and nothing else is.
+/// A fill has asked for pages and waits. Who touches them does not wait for that; and what the fill brings in the end replaces nothing,
+/// neither what was written nor what was dropped meanwhile.
+#[test]
+fn a_fault_does_not_wait_for_a_fill() {
+    const PAGES: u64 = 64;
+    for backing in BACKINGS {
+        let source = Stepped::new();
+        let Fixture {
+            pager,
+            region,
+            notices,
+        } = start(source.clone(), PAGES, backing, PageSize::Small, Fill::Sequential);
+        assert_eq!(source.read_number(0).count, PAGES);
+        for page in [3, 4, 5, 7] {
+            assert_eq!(read_page(&region, page), expected(page), "{backing:?}");
+        }
+        let written = PageRange::single(PageIndex(7));
+        region.write(written, &[0xee; PAGE_SIZE]).unwrap();
+        let dropped = PageRange::single(PageIndex(4));
+        region.remove(dropped).unwrap();
+        assert_eq!(read_page(&region, 4), [0; PAGE_SIZE], "{backing:?}");
+        source.permit(1);
+        assert_all_present(&notices);
+        for page in 0..PAGES {
+            let content = match page {
+                7 => [0xee; PAGE_SIZE],
+                4 => [0; PAGE_SIZE],
+                _ => expected(page),
+            };
+            assert_eq!(read_page(&region, page), content, "{backing:?}, page {page}");
+        }
+        eventually(&pager, |stats| {
+            // Every fifth page is zero, and so is the one that was dropped and read again.
+            (stats.demand, stats.prefetched, stats.zero) == (2, 48, 14)
+        });
+    }
+}
+
 #[test]
 fn what_was_recorded_is_replayed() {
     const PAGES: u64 = 4096;

@@ -1,19 +1,21 @@
 //! The thread that reads events and answers what it can at once.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use super::install::{EVENT_PATIENCE, Fetched, Wake, is_transient};
 use super::shared::Shared;
 use super::stripe::Piece;
 use super::{FaultClass, PagerError};
+use crate::region::PageSize;
 use crate::source::{Class, Content, Inbox, PageSink, Received, SourceError};
 use crate::states::{Arrival, Claim, PageState};
 use crate::uffd::{Event, EventBuffer, FaultKind, InstallError};
@@ -21,6 +23,10 @@ use crate::units::{HostAddress, PageIndex, PageRange};
 
 /// Events read at a time.
 const EVENTS: usize = 64;
+
+/// How long a fault waits for a fill that is fetching its page. Threads that work for a fill give way to others, so on a busy host it
+/// may be long before one installs what has come; and behind a slow link a page of a fill is behind many others.
+const FILL_PATIENCE: Duration = Duration::from_micros(500);
 
 /// A fault to be answered.
 #[derive(Clone, Copy)]
@@ -37,6 +43,8 @@ pub(super) struct FaultThread {
     events: EventBuffer,
     /// Faults that were read and not yet answered.
     faults: Vec<Fault>,
+    /// Units that somebody else was fetching, and since when they are waited for here; in that order.
+    joined: VecDeque<(PageRange, Instant)>,
     buffer: Vec<u8>,
     /// What it has asked the source for comes here, if that can be had.
     inbox: Option<Box<dyn Inbox>>,
@@ -74,6 +82,7 @@ impl FaultThread {
             stripe,
             events: EventBuffer::new(EVENTS),
             faults: Vec::with_capacity(2 * EVENTS),
+            joined: VecDeque::with_capacity(2 * EVENTS),
             buffer,
             inbox: None,
         }
@@ -120,19 +129,33 @@ impl FaultThread {
                     break;
                 }
             }
+            self.overtake_fill();
             shared.schedule.note_progress();
             shared.release_if_settled();
         }
     }
 
-    /// Waits for events, or pages in the inbox, or the end.
-    fn wait(&self) -> io::Result<Ready> {
+    /// Waits for events, or pages in the inbox, or the end, or until a fill has been waited for long enough.
+    fn wait(&mut self) -> io::Result<Ready> {
+        let states = &self.shared.states;
+        while self
+            .joined
+            .pop_front_if(|(unit, _)| states.is_settled(unit.start))
+            .is_some()
+        {}
+        let patience = self.joined.front().map(|(_, since)| {
+            let left = FILL_PATIENCE.saturating_sub(since.elapsed());
+            Timespec {
+                tv_sec: 0,
+                tv_nsec: left.as_nanos() as i64,
+            }
+        });
         let stripe = &self.shared.stripes[self.stripe];
         let events = PollFd::from_borrowed_fd(stripe.uffd.as_fd(), PollFlags::IN);
         let stop = PollFd::from_borrowed_fd(self.shared.stop.as_fd(), PollFlags::IN);
         let result = match &self.inbox {
-            None => poll(&mut [events, stop]),
-            Some(inbox) => poll(&mut [events, stop, PollFd::new(inbox, PollFlags::IN)]),
+            None => poll(&mut [events, stop], patience),
+            Some(inbox) => poll(&mut [events, stop, PollFd::new(inbox, PollFlags::IN)], patience),
         };
         Ok(result?)
     }
@@ -205,13 +228,7 @@ impl FaultThread {
                             return Ok(());
                         }
                         shared.await_fetch(unit, since, FaultClass::Fetched);
-                        // Before it is asked for: the answer may be faster than this thread.
-                        shared.schedule.begin_demand();
-                        if !shared.submit(&[unit], Class::Demand) {
-                            shared.schedule.enqueue(unit);
-                        } else if self.inbox.is_none() {
-                            self.inbox = shared.lend_inbox();
-                        }
+                        self.ask_for(unit);
                         Ok(())
                     }
                     Err(error) => Err(shared.source_error(error)),
@@ -224,11 +241,46 @@ impl FaultThread {
         }
     }
 
+    /// Has a claimed unit fetched by others than this thread.
+    fn ask_for(&mut self, unit: PageRange) {
+        let shared = &self.shared;
+        // Before it is asked for: the answer may be faster than this thread.
+        shared.schedule.begin_demand();
+        if !shared.submit(&[unit], Class::Demand) {
+            shared.schedule.enqueue(unit);
+        } else if self.inbox.is_none() {
+            self.inbox = shared.lend_inbox();
+        }
+    }
+
+    /// Fetches what a fill has been waited for long enough to bring. Not what is large: to fetch that again takes longer than to wait.
+    fn overtake_fill(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let is_over = |joined: &mut (PageRange, Instant)| joined.1.elapsed() >= FILL_PATIENCE;
+        while let Some((unit, since)) = self.joined.pop_front_if(is_over) {
+            if shared.page_size != PageSize::Small || !shared.states.share(unit) {
+                continue;
+            }
+            let result = match shared.source.try_read(unit, &mut self.buffer) {
+                Ok(Some(content)) => self.install_claimed(unit, content, since),
+                Ok(None) => {
+                    self.ask_for(unit);
+                    Ok(())
+                }
+                Err(error) => Err(shared.source_error(error)),
+            };
+            if let Err(error) = result {
+                shared.fail(error);
+            }
+        }
+    }
+
     /// Waits for a fetch that is under way. The race: it may have ended, and woken nobody, before we were on the list; then
     /// the state says so, and we answer ourselves.
     fn join(&mut self, unit: PageRange, fault: Fault, since: Instant) -> Result<(), PagerError> {
         self.shared.await_fetch(unit, since, FaultClass::Joined);
         if self.shared.states.get(unit.start) == PageState::InFlight {
+            self.joined.push_back((unit, since));
             return Ok(());
         }
         self.shared.waiting().retain(|waiting| waiting.unit != unit.start);
@@ -394,9 +446,9 @@ struct Ready {
     stop: bool,
 }
 
-/// Waits for any of them; the first two are events and the end.
-fn poll(descriptors: &mut [PollFd<'_>]) -> Result<Ready, Errno> {
-    match rustix::event::poll(descriptors, None) {
+/// Waits for any of them, for so long; the first two are events and the end.
+fn poll(descriptors: &mut [PollFd<'_>], patience: Option<Timespec>) -> Result<Ready, Errno> {
+    match rustix::event::poll(descriptors, patience.as_ref()) {
         Ok(_) => Ok(Ready {
             events: !descriptors[0].revents().is_empty(),
             stop: !descriptors[1].revents().is_empty(),

@@ -173,7 +173,12 @@ impl Shared {
             Some(error) if is_transient(&error) && !self.released.load(Acquire) => Ok(0),
             Some(InstallError::Changing) => Ok(0),
             // The pager before this one installed it, and was gone before it could say so; or the source did, at the same time.
-            Some(InstallError::Exists) if self.is_uncertain(pages.start) || self.source.installs() => {
+            // Or demand and a fill both fetched it, and this one comes second.
+            Some(InstallError::Exists)
+                if self.is_uncertain(pages.start)
+                    || self.source.installs()
+                    || self.states.may_be_there(pages.start) =>
+            {
                 stripe.wake(piece.addresses());
                 Ok(unit)
             }
