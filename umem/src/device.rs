@@ -33,6 +33,7 @@
 mod client;
 mod descriptors;
 mod donation;
+mod gate;
 mod install;
 mod keeper;
 mod server;

@@ -2,13 +2,16 @@
 
 #![allow(clippy::unwrap_used)] // a test's helpers panic as its tests do
 
+mod common;
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::shuffled;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FallocateFlags, OFlags};
 use umem::device::{Client, Device, DeviceError, DeviceOptions, Mapping, PageBuffer, Place, Server, Serving};
@@ -59,7 +62,13 @@ fn page_of(mapping: &Mapping, page: u64) -> [u8; PAGE_SIZE] {
 }
 
 fn assert_served(mapping: &Mapping, page: u64) {
-    assert!(page_of(mapping, page) == content(page, 0), "page {page}");
+    let found = page_of(mapping, page);
+    assert!(
+        found == content(page, 0),
+        "page {page}: {:x?} at {:?}",
+        &found[..16],
+        mapping.start()
+    );
 }
 
 fn readable(server: &Server) -> bool {
@@ -492,13 +501,125 @@ fn memory_that_is_moved_is_served_where_it_is() {
         let other = Arc::clone(&server);
         let thread = thread::spawn(move || serve_all(&other));
         for page in 0..40 {
-            assert!(read(at(page)) == content(page, 0), "{serving:?} page {page}");
+            let found = read(at(page));
+            assert!(
+                found == content(page, 0),
+                "{serving:?} page {page}: {:x?} at {:x}, was {:?}",
+                &found[..16],
+                at(page),
+                start
+            );
         }
         make_anonymous(&server);
         // SAFETY: this test's own mapping.
         unsafe { libc::munmap(moved, length * 2) };
         let asked = thread.join().unwrap();
         assert!(asked.iter().all(|page| *page >= 25), "{asked:?}");
+    }
+}
+
+/// Other memory that is served comes to be where memory was that was moved. The kernel would install a page of one in the other.
+#[test]
+fn what_was_moved_is_not_served_where_it_was() {
+    for serving in BOTH {
+        let (server, client) = create(8, serving);
+        // Before, so that nothing of it comes to be there.
+        let (other_server, other) = create(8, Serving::Copied);
+        other_server.window().unwrap();
+        let mapping = map(&client);
+        let (start, length) = (mapping.start(), mapping.length());
+        serve(&server, 0);
+        // SAFETY: this test's own mapping, which is unmapped below.
+        let moved = unsafe {
+            let place = libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            libc::mremap(
+                start.cast(),
+                length,
+                length,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                place,
+            )
+        };
+        assert_ne!(moved, libc::MAP_FAILED);
+        mapping.into_raw();
+        let place = Place {
+            address: start,
+            flags: libc::MAP_FIXED_NOREPLACE,
+            ..other.everything()
+        };
+        // Unless another test's memory is there by now.
+        if let Ok(other_mapping) = other.map(place) {
+            (0..8).for_each(|page| serve(&server, page));
+            (0..8).for_each(|page| {
+                other_server.fill(PageIndex(page), &content(page, 1)).unwrap();
+                assert_eq!(other_server.write(&[PageIndex(page)]).unwrap(), 1);
+            });
+            for page in 0..8 {
+                assert!(
+                    page_of(&other_mapping, page) == content(page, 1),
+                    "{serving:?} page {page}"
+                );
+            }
+        } else {
+            (0..8).for_each(|page| serve(&server, page));
+        }
+        for page in 0..8 {
+            let at = (moved as usize + page as usize * PAGE_SIZE) as *const [u8; PAGE_SIZE];
+            // SAFETY: within what was moved.
+            let found = unsafe { at.read_volatile() };
+            assert!(found == content(page, 0), "{serving:?} page {page}");
+        }
+        // SAFETY: this test's own mapping.
+        unsafe { libc::munmap(moved, length) };
+    }
+}
+
+/// A thread drops pages while two others serve all of them, at random: what was dropped reads zero, the rest its content.
+#[test]
+fn what_is_dropped_while_it_is_served_reads_zero() {
+    const PAGES: u64 = 64;
+    let rounds = std::env::var("UMEM_TEST_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(300);
+    for seed in 0..rounds {
+        let (server, client) = create(PAGES, Serving::Copied);
+        let mapping = map(&client);
+        let begin = Barrier::new(3);
+        thread::scope(|scope| {
+            let (server, mapping, begin) = (&server, &mapping, &begin);
+            for thread in 0..2 {
+                scope.spawn(move || {
+                    begin.wait();
+                    shuffled(PAGES, seed * 2 + thread).for_each(|page| serve(server, page));
+                });
+            }
+            begin.wait();
+            for page in shuffled(PAGES, !seed).take(PAGES as usize / 2) {
+                // SAFETY: within the mapping, whose pages nobody uses meanwhile.
+                let dropped = unsafe {
+                    let at = mapping.start().add(page as usize * PAGE_SIZE);
+                    libc::madvise(at.cast(), PAGE_SIZE, libc::MADV_DONTNEED)
+                };
+                assert_eq!(dropped, 0, "seed {seed}");
+            }
+        });
+        let dropped: Vec<u64> = shuffled(PAGES, !seed).take(PAGES as usize / 2).collect();
+        for page in 0..PAGES {
+            let content = if dropped.contains(&page) {
+                [0; PAGE_SIZE]
+            } else {
+                content(page, 0)
+            };
+            assert!(page_of(&mapping, page) == content, "seed {seed}: page {page}");
+        }
     }
 }
 
@@ -511,7 +632,13 @@ fn what_the_client_drops_reads_zero() {
     unsafe { libc::madvise(mapping.start().cast(), 2 * PAGE_SIZE, libc::MADV_DONTNEED) };
     serve(&server, 1);
     for page in 0..2 {
-        assert!(page_of(&mapping, page) == [0; PAGE_SIZE], "page {page}");
+        let found = page_of(&mapping, page);
+        assert!(
+            found == [0; PAGE_SIZE],
+            "page {page}: {:x?} at {:?}",
+            &found[..16],
+            mapping.start()
+        );
     }
     serve(&server, 2);
     serve(&server, 3);

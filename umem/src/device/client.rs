@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Once};
 
 use super::descriptors::{HALF, Mail, receive_half, send_half};
-use super::install::{Installer, Way};
+use super::install::{By, Installer, Way};
 use super::keeper::Keeper;
 use super::shared::Parts;
 use super::source::DeviceSource;
@@ -195,7 +195,7 @@ fn install_kept(parts: &Parts, installer: &Installer, pages: PageRange) -> Resul
                 }
             };
             installer
-                .install(&parts.states, step, arrival, way)
+                .install(&By::Client, &parts.states, step, arrival, way)
                 .map_err(DeviceError::Install)?;
         }
         parts.drop_kept(run);

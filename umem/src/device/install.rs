@@ -6,10 +6,14 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use super::gate::{Gate, Inside, Place};
 use crate::image::is_zero;
 use crate::states::{Arrival, Claim, PageStates};
 use crate::uffd::{InstallError, Installed, Userfaultfd};
-use crate::units::{HostAddress, PAGE_SIZE, PageRange};
+use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
+
+/// Pages installed at a time: what the client's page faults may have to wait for.
+const INSTALL_STEP: u64 = 16;
 
 /// How long the client may take to read the event that is in the way. After that it installs the page itself.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -52,8 +56,51 @@ impl Way<'_> {
 pub(super) enum Left {
     /// Nothing.
     Nothing,
-    /// From here on the pages are not where they were mapped: the pager knows where.
-    Moved(PageRange),
+    /// The pages from here on, for the pager: they may not be where they were mapped, and it knows where they are.
+    Elsewhere(PageRange),
+}
+
+/// Who installs.
+pub(super) enum By<'a> {
+    /// The client itself, before it has told anybody where its memory is.
+    Client,
+    /// A server, by its place at the gate if it has one.
+    Server {
+        gate: &'a Gate,
+        place: Option<Place>,
+        is_client_gone: &'a dyn Fn() -> bool,
+    },
+}
+
+/// Whether a page may be installed now.
+enum Entry<'a> {
+    /// Yes, while this is held.
+    Inside(Option<Inside<'a>>),
+    /// No, but the pager can.
+    Elsewhere,
+    /// There is no client.
+    Gone,
+}
+
+impl By<'_> {
+    fn enter(&self) -> Entry<'_> {
+        let (gate, place, is_client_gone) = match self {
+            Self::Client => return Entry::Inside(None),
+            Self::Server {
+                gate,
+                place,
+                is_client_gone,
+            } => (gate, place, is_client_gone),
+        };
+        let Some(place) = place else {
+            return Entry::Elsewhere;
+        };
+        match gate.enter(*place, is_client_gone) {
+            None => Entry::Gone,
+            Some(_) if gate.has_moved() => Entry::Elsewhere,
+            Some(inside) => Entry::Inside(Some(inside)),
+        }
+    }
 }
 
 /// The memory as it was mapped.
@@ -83,9 +130,10 @@ impl Installer {
         }
     }
 
-    /// Installs claimed pages, which are among those mapped, wakes who waits for them, and marks them.
+    /// Installs claimed pages, which are among those mapped, wakes who waits for them, and marks them: those that are wanted still.
     pub(super) fn install(
         &self,
+        by: &By<'_>,
         states: &PageStates,
         pages: PageRange,
         arrival: Arrival,
@@ -94,8 +142,24 @@ impl Installer {
         let mut rest = pages;
         let mut stuck = None;
         while rest.count > 0 {
+            let inside = match by.enter() {
+                Entry::Inside(inside) => inside,
+                Entry::Elsewhere => return Ok(Left::Elsewhere(rest)),
+                Entry::Gone => return Ok(Left::Nothing),
+            };
+            let is_wanted = |page: &PageIndex| !states.is_settled(*page);
+            let wanted = rest
+                .pages()
+                .take(INSTALL_STEP as usize)
+                .take_while(is_wanted)
+                .count() as u64;
+            if wanted == 0 {
+                // Dropped since it was claimed, or served by somebody else.
+                rest = rest.from(rest.start.advance(1));
+                continue;
+            }
             let way = way.skip(rest.start.0 - pages.start.0);
-            let (count, zero) = way.alike(rest.count);
+            let (count, zero) = way.alike(wanted);
             let run = PageRange::new(rest.start, count);
             let Installed { bytes, stopped } = self.place(run, way, zero);
             let mut done = PageRange::new(run.start, bytes / PAGE_SIZE as u64);
@@ -110,11 +174,14 @@ impl Installer {
                 Some(InstallError::Changing) if bytes > 0 => stuck = None,
                 Some(InstallError::Changing) => {
                     if stuck.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
-                        return Ok(Left::Moved(rest));
+                        return Ok(Left::Elsewhere(rest));
                     }
+                    // Outside, or the client could not read it.
+                    drop(inside);
                     thread::yield_now();
+                    continue;
                 }
-                Some(InstallError::NotRegistered) => return Ok(Left::Moved(rest)),
+                Some(InstallError::NotRegistered) => return Ok(Left::Elsewhere(rest)),
                 // Nobody is left who could miss it.
                 Some(InstallError::Gone) => return Ok(Left::Nothing),
                 // A page that the server never wrote to.

@@ -16,6 +16,7 @@ use super::source::DeviceSource;
 use super::{DeviceError, Serving, failed};
 use crate::causes::chain;
 use crate::pager::{self, Pager};
+use crate::source::PageSource;
 
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -154,15 +155,19 @@ impl Shared {
     }
 
     fn keep(&self, to_server: &OwnedFd) {
-        // Processes that serve, by their numbers.
-        let mut servers: HashMap<u32, OwnedFd> = HashMap::new();
+        // Processes that serve, by their numbers, and how many halves each has.
+        let mut servers: HashMap<u32, (OwnedFd, u32)> = HashMap::new();
         loop {
             let mut ready = vec![
                 PollFd::new(&self.wake, PollFlags::IN),
                 PollFd::new(to_server, PollFlags::IN),
             ];
             let numbers: Vec<u32> = servers.keys().copied().collect();
-            ready.extend(servers.values().map(|server| PollFd::new(server, PollFlags::IN)));
+            ready.extend(
+                servers
+                    .values()
+                    .map(|(server, _)| PollFd::new(server, PollFlags::IN)),
+            );
             if rustix::event::poll(&mut ready, None).is_err() {
                 continue;
             }
@@ -179,7 +184,7 @@ impl Shared {
             let mut left = Vec::new();
             while let Some((notice, number, process)) = Notice::receive(to_server) {
                 match (notice, process) {
-                    (Notice::Attach, Some(process)) => drop(servers.insert(number, process)),
+                    (Notice::Attach, Some(process)) => servers.entry(number).or_insert((process, 0)).1 += 1,
                     (Notice::Attach, None) => {}
                     (Notice::Detach, _) => left.push(number),
                     (Notice::Kept, _) => self.install_kept(),
@@ -191,7 +196,18 @@ impl Shared {
                 }
             }
             let mut gone = false;
-            for number in ended.into_iter().chain(left) {
+            for number in left {
+                let Some((_, halves)) = servers.get_mut(&number) else {
+                    continue;
+                };
+                *halves -= 1;
+                if *halves == 0 {
+                    servers.remove(&number);
+                }
+                gone = true;
+            }
+            for number in ended {
+                self.parts.header().gate.forget(number);
                 gone |= servers.remove(&number).is_some();
             }
             if self.failed.load(SeqCst) || nobody || (gone && servers.is_empty()) {
@@ -256,6 +272,10 @@ impl Shared {
 
     /// Nobody serves any more.
     fn poison(&self) {
+        if let Some(served) = &*self.served() {
+            // Nobody looks any more whether a server ends.
+            served.source.close();
+        }
         if let Some(served) = &*self.served()
             && let Err(error) = served.pager.poison_absent()
         {

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -13,7 +13,8 @@ use rustix::thread::futex;
 
 use super::descriptors::{HALF, Mail, Notice, receive_half, send_half};
 use super::donation::PageBuffer;
-use super::install::{Installer, Left, Way};
+use super::gate::Place;
+use super::install::{By, Installer, Left, Way};
 use super::shared::{Parts, Release, STEP, Shared};
 use super::{DeviceError, Serving, failed};
 use crate::uffd::Userfaultfd;
@@ -49,6 +50,9 @@ pub struct Server {
     connection: RwLock<Option<Arc<Connection>>>,
     /// The process that has told the client that it serves.
     attached: AtomicU32,
+    attaching: Mutex<()>,
+    /// Its place at the gate by its number, in the lower half; in the upper one the process that has it.
+    place: AtomicU64,
     window: OnceLock<Shared>,
 }
 
@@ -68,6 +72,8 @@ impl Server {
             to_client,
             connection: RwLock::default(),
             attached: AtomicU32::new(0),
+            attaching: Mutex::default(),
+            place: AtomicU64::new(0),
             window: OnceLock::new(),
         }
     }
@@ -301,8 +307,37 @@ impl Server {
     /// Tells the client that this process serves, once.
     fn attach(&self) {
         let own = std::process::id();
-        if self.attached.load(Relaxed) != own && Notice::Attach.send(&self.to_client).is_ok() {
-            self.attached.store(own, Relaxed);
+        if self.attached.load(SeqCst) == own {
+            return;
+        }
+        let _alone = self.attaching.lock().unwrap_or_else(PoisonError::into_inner);
+        // Told before it is believed: who is inside the gate must not be somebody whose end the client would not see.
+        if self.attached.load(SeqCst) != own && Notice::Attach.send(&self.to_client).is_ok() {
+            self.attached.store(own, SeqCst);
+        }
+    }
+
+    /// This process' place at the client's gate. `None`: the client does not know of this process, and would not see it end there; or
+    /// all places are taken.
+    fn place(&self) -> Option<Place> {
+        let own = std::process::id();
+        let taken = self.place.load(SeqCst);
+        if (taken >> 32) as u32 == own {
+            return Place::from_number(taken as u32);
+        }
+        if self.attached.load(SeqCst) != own {
+            return None;
+        }
+        let gate = &self.parts.header().gate;
+        let place = gate.take_place()?;
+        let number = u64::from(own) << 32 | u64::from(place.to_number());
+        match self.place.compare_exchange(taken, number, SeqCst, SeqCst) {
+            Ok(_) => Some(place),
+            // Another thread was faster.
+            Err(taken) => {
+                gate.give_back(place);
+                Place::from_number(taken as u32)
+            }
         }
     }
 
@@ -398,9 +433,14 @@ impl Server {
         let mut rest = pages;
         while let Some((step, arrival)) = parts.claim_next(&mut rest) {
             debug_assert!(step.count <= STEP);
+            let by = By::Server {
+                gate: &parts.header().gate,
+                place: self.place(),
+                is_client_gone: &|| connection.client_is_gone(),
+            };
             let installed = connection
                 .installer
-                .install(&parts.states, step, arrival, way(step));
+                .install(&by, &parts.states, step, arrival, way(step));
             let left = installed.map_err(|error| {
                 // Who touches them later asks for them.
                 step.pages().for_each(|page| {
@@ -411,7 +451,7 @@ impl Server {
             })?;
             match left {
                 Left::Nothing => {}
-                Left::Moved(pages) => {
+                Left::Elsewhere(pages) => {
                     let content = match way(pages) {
                         Way::Copy(content) => Some(content),
                         Way::Continue => None,
@@ -448,6 +488,12 @@ impl AsFd for Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // A child that has it from before a fork did not attach.
+        let taken = self.place.load(SeqCst);
+        if (taken >> 32) as u32 == std::process::id()
+            && let Some(place) = Place::from_number(taken as u32)
+        {
+            self.parts.header().gate.give_back(place);
+        }
         if self.attached.load(Relaxed) == std::process::id() {
             let _ = Notice::Detach.send(&self.to_client);
         }

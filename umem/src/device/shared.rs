@@ -9,12 +9,13 @@ use rustix::fs::{FallocateFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::gate::Gate;
 use super::{DeviceError, Serving, failed, new_states, sealed_memfd};
 use crate::states::{Arrival, PageState, PageStates};
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"umemdev\0");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Pages copied or installed at a time.
 pub(super) const STEP: u64 = 64;
@@ -35,7 +36,10 @@ pub(super) struct Header {
     pub(super) overflowed: AtomicU32,
     /// What became of making it anonymous: see [`Release`].
     pub(super) release: AtomicU32,
+    pub(super) gate: Gate,
 }
+
+const _: () = assert!(size_of::<Header>() <= SERVED_OFFSET);
 
 /// Values of [`Header::release`].
 pub(super) struct Release;
@@ -129,6 +133,7 @@ impl Parts {
             mapped: AtomicU32::new(0),
             overflowed: AtomicU32::new(0),
             release: AtomicU32::new(Release::NONE),
+            gate: Gate::new(),
         };
         // SAFETY: a page of this process' own, which nobody else has seen.
         unsafe { control.at::<Header>(0).write(header) };

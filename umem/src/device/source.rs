@@ -1,7 +1,7 @@
 //! A program as a page source: what is wanted goes into a pipe.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rustix::io::Errno;
@@ -17,6 +17,8 @@ pub(super) struct DeviceSource {
     requests: OwnedFd,
     sink: OnceLock<Weak<dyn PageSink + Send + Sync>>,
     asked: AtomicU64,
+    /// Nobody is to be waited for any more.
+    closed: AtomicBool,
 }
 
 impl DeviceSource {
@@ -26,6 +28,7 @@ impl DeviceSource {
             requests,
             sink: OnceLock::new(),
             asked: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -111,6 +114,24 @@ impl PageSource for DeviceSource {
 
     fn installs(&self) -> bool {
         true
+    }
+
+    fn pause(&self) {
+        let gate = &self.parts.header().gate;
+        gate.close(|| self.closed.load(SeqCst));
+    }
+
+    fn resume(&self, moved: bool) {
+        let gate = &self.parts.header().gate;
+        if moved {
+            gate.note_move();
+        }
+        gate.open();
+    }
+
+    fn close(&self) {
+        self.parts.header().gate.note_move();
+        self.closed.store(true, SeqCst);
     }
 
     fn may_map(&self, page: PageIndex) -> bool {

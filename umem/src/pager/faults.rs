@@ -172,12 +172,25 @@ impl FaultThread {
         received == Received::More
     }
 
-    /// Reads every event there is: marks what is removed, notes what is moved, keeps the faults for later. Who waits for what
-    /// is no longer going to be installed there is woken, which the kernel does not do by itself, and looks again.
+    /// Reads events while nobody installs anything.
     fn read_events(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        // Before the placement is held: who is waited for may be another process, and who sees that it was killed needs the placement.
+        shared.source.pause();
+        let moved = self.read_events_alone();
+        // Where they could not be read, what they say is not known.
+        shared.source.resume(*moved.as_ref().unwrap_or(&true));
+        moved.map(drop)
+    }
+
+    /// Reads every event there is: marks what is removed, notes what is moved, keeps the faults for later. Who waits for what
+    /// is no longer going to be installed there is woken, which the kernel does not do by itself, and looks again. Answers whether
+    /// something was moved.
+    fn read_events_alone(&mut self) -> io::Result<bool> {
         let shared = &self.shared;
         let stripe = &shared.stripes[self.stripe];
         let mut placement = stripe.placement_alone();
+        let mut moved = false;
         loop {
             let mut count = 0;
             for event in stripe.uffd.read(&mut self.events)? {
@@ -193,6 +206,7 @@ impl FaultThread {
                         stripe.wake(start..end);
                     }
                     Event::Remap { from, to, length } => {
+                        moved = true;
                         placement.remap(from, to, length);
                         stripe.wake(from..HostAddress(from.0 + length));
                     }
@@ -200,7 +214,7 @@ impl FaultThread {
                 }
             }
             if count < self.events.capacity() {
-                return Ok(());
+                return Ok(moved);
             }
         }
     }

@@ -144,6 +144,13 @@ pub trait PageSource: Send + Sync {
         false
     }
 
+    /// Of one that [installs](Self::installs): that is over for now, and nothing is installed until [`resume`](Self::resume). The pager
+    /// calls it before it reads events, and when it has marked what they say, the other.
+    fn pause(&self) {}
+
+    /// It may install again. `moved`: some of the memory is not where it was, and is the pager's alone from now on.
+    fn resume(&self, _moved: bool) {}
+
     /// Whether a page that is in the shared memory behind the region may be mapped there. Not if somebody else than the pager writes
     /// to that memory, and has not said that the page is whole.
     fn may_map(&self, _page: PageIndex) -> bool {
