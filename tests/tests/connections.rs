@@ -10,6 +10,7 @@ use tests::need;
 use tests::program::Program;
 use tests::random::Random;
 use tests::scratch::Scratch;
+use tests::served::assert_nothing_twice;
 use tests::server::Server;
 use tests::vm::{FinishedVm, RunningVm, Vm};
 
@@ -61,10 +62,7 @@ fn every_page_over_many_connections() {
             assert_right(&vm, 64);
             let report = vm.report();
             assert_eq!(report.count("/source/reconnects"), 0, "{report}");
-            assert!(
-                report.count("/source/bytes") <= 64 * PAGES * 4096,
-                "something came twice: {report}"
-            );
+            assert_nothing_twice(report, 64);
         }
         let served = server.stop();
         assert_eq!(served.stderr, "");

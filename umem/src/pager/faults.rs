@@ -276,7 +276,11 @@ impl FaultThread {
                 continue;
             }
             let result = match shared.source.try_read(unit, &mut self.buffer) {
-                Ok(Some(content)) => self.install_claimed(unit, content, since),
+                Ok(Some(content)) => {
+                    // It has a class of its own.
+                    shared.waiting().retain(|waiting| waiting.unit != unit.start);
+                    self.install_claimed(unit, content, since)
+                }
                 Ok(None) => {
                     self.ask_for(unit);
                     Ok(())
