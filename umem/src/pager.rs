@@ -65,7 +65,7 @@ use crate::units::{HostAddress, PageIndex, PageRange};
 use crate::working_set::WorkingSet;
 
 /// Pages installed by one system call at most: what a fault may have to wait for behind background work.
-const INSTALL_STEP: u64 = 16;
+pub(crate) const INSTALL_STEP: u64 = 16;
 
 /// Threads that read on behalf of faults which the fault thread cannot answer at once.
 const READERS: usize = 4;

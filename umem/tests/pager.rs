@@ -9,7 +9,8 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use common::{
-    BACKINGS, Fixture, Random, assert_all_present, eventually, expected, image, read_page, shuffled, start,
+    BACKINGS, Fixture, Random, assert_all_present, eventually, expected, image, read_page, rounds, shuffled,
+    start,
 };
 use umem::pager::Fill;
 use umem::region::{Backing, PageSize, Region, RegionError};
@@ -237,11 +238,7 @@ impl PageSource for Moody {
 #[test]
 fn a_dropped_page_never_shows_its_old_content() {
     const PAGES: u64 = 64;
-    let rounds = std::env::var("UMEM_TEST_ROUNDS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(400);
-    for seed in 0..rounds {
+    for seed in 0..rounds(400) {
         let backing = BACKINGS[seed as usize % 2];
         let fill = match seed % 8 {
             0..4 => Fill::Off,

@@ -216,7 +216,11 @@ mod tests {
         let place = gate.take_place().unwrap();
         std::mem::forget(gate.enter(place, || false));
         std::thread::scope(|scope| {
-            scope.spawn(|| gate.close(|| false));
+            let closing = scope.spawn(|| gate.close(|| false));
+            while gate.closed.load(SeqCst) == OPEN {
+                std::thread::yield_now();
+            }
+            assert!(!closing.is_finished(), "somebody is inside");
             gate.forget(std::process::id());
         });
         // Closed by who was killed then.

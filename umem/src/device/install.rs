@@ -8,12 +8,10 @@ use rustix::io::Errno;
 
 use super::gate::{Gate, Inside, Place};
 use crate::image::is_zero;
+use crate::pager::INSTALL_STEP;
 use crate::states::{Arrival, Claim, PageStates};
 use crate::uffd::{InstallError, Installed, Userfaultfd};
 use crate::units::{HostAddress, PAGE_SIZE, PageIndex, PageRange};
-
-/// Pages installed at a time: what the client's page faults may have to wait for.
-const INSTALL_STEP: u64 = 16;
 
 /// How long the client may take to read the event that is in the way. After that it installs the page itself.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -62,7 +60,7 @@ pub(super) enum Left {
 
 /// Who installs.
 pub(super) enum By<'a> {
-    /// The client itself, before it has told anybody where its memory is.
+    /// The client itself, before its memory is anybody's to drop or to move.
     Client,
     /// A server, by its place at the gate if it has one.
     Server {

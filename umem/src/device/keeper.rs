@@ -272,13 +272,11 @@ impl Shared {
 
     /// Nobody serves any more.
     fn poison(&self) {
-        if let Some(served) = &*self.served() {
-            // Nobody looks any more whether a server ends.
-            served.source.close();
-        }
-        if let Some(served) = &*self.served()
-            && let Err(error) = served.pager.poison_absent()
-        {
+        let served = self.served();
+        let Some(served) = &*served else { return };
+        // Nobody looks any more whether a server ends.
+        served.source.close();
+        if let Err(error) = served.pager.poison_absent() {
             tracing::error!(%error, "who waits for pages that nobody serves any more waits for ever");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,7 @@ pub struct Server {
     connection: RwLock<Option<Arc<Connection>>>,
     /// The process that has told the client that it serves.
     attached: AtomicU32,
+    /// Held to tell it.
     attaching: Mutex<()>,
     /// Its place at the gate by its number, in the lower half; in the upper one the process that has it.
     place: AtomicU64,
@@ -487,14 +488,15 @@ impl AsFd for Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // A child that has it from before a fork did not attach.
+        // A child that has it from before a fork neither took a place nor attached.
+        let own = std::process::id();
         let taken = self.place.load(SeqCst);
-        if (taken >> 32) as u32 == std::process::id()
+        if (taken >> 32) as u32 == own
             && let Some(place) = Place::from_number(taken as u32)
         {
             self.parts.header().gate.give_back(place);
         }
-        if self.attached.load(Relaxed) == std::process::id() {
+        if self.attached.load(SeqCst) == own {
             let _ = Notice::Detach.send(&self.to_client);
         }
     }

@@ -97,6 +97,14 @@ pub fn eventually(pager: &Pager, right: impl Fn(&PagerStats) -> bool) {
     }
 }
 
+/// How often a random test is done: as `UMEM_TEST_ROUNDS` says, or so often.
+pub fn rounds(otherwise: u64) -> u64 {
+    std::env::var("UMEM_TEST_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(otherwise)
+}
+
 /// A walk over `0..n` in an order without pattern.
 pub fn shuffled(n: u64, seed: u64) -> impl Iterator<Item = u64> {
     let mut order: Vec<u64> = (0..n).collect();
